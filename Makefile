@@ -1,0 +1,33 @@
+# setup makes .venv; quickstart runs a real sweep to its report; test is lint, types and every test.
+PYTHON ?= python3
+export CUBLAS_WORKSPACE_CONFIG ?= :4096:8
+READY := .venv/.ready
+
+.PHONY: setup quickstart test lint types unit clean
+
+setup: $(READY)
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try: make PYTHON=python3.12 setup")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+quickstart: setup
+	.venv/bin/python train.py --config explorations/quickstart.yaml
+
+test: lint types unit
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: setup
+	.venv/bin/mypy
+
+unit: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

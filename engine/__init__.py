@@ -1,0 +1,1 @@
+"""What one process needs: data, optimizers, the loop, checkpoints, devices, tracking."""

@@ -1,0 +1,266 @@
+"""The training loop of one run: batches, updates, evaluations, checkpoints, and what is told on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import variations
+from core.slices import declared
+from engine import checkpoint
+from engine.data import Batches, Corpus, gather, windows
+from engine.device import autocast, peak_memory, synchronise
+from engine.optim import Optimizers
+from model import GPT, build
+from train_args import Config
+from variations.dropout import set_step
+
+EVAL_SEED = 20240229  # the same windows for every run, so that losses compare
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved where it is."""
+
+
+class Tracker(Protocol):
+    """What takes the records of a run."""
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class State:
+    """Where a run is: everything in a checkpoint beside tensors."""
+
+    iter: int = 0
+    train_seconds: float = 0.0  # in updates
+    seconds: float = 0.0  # evaluations included
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    grad_scale: float = 1.0
+    pending: list[float] = field(default_factory=list)  # losses since the last record
+    evaluated: int = -1  # the iteration of the last evaluation
+
+
+class Run:
+    """A run of a configuration on a device. `tracker` takes its records, `say` its lines for people, `stop()` asks it to end.
+
+    Resumes from the newest checkpoint in `folder`; on a CPU the result is bit for bit that of an undisturbed run.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, folder: Path, device: torch.device) -> None:
+        torch.set_float32_matmul_precision(config.train.matmul_precision)
+        self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
+        init_seed, data_seed = config.seeds
+        self.plain: GPT = build(config.model, init_seed, device)
+        self.model: Any = torch.compile(self.plain) if config.train.compile else self.plain
+        self.optimizers = Optimizers(self.plain, config.optimizer)
+        self.schedule = variations.CATALOGUE["schedule"][config.schedule.name](
+            config.schedule.options, config.iterations
+        )
+        size = {"batch_size": config.train.batch_size, "block_size": config.model.block_size}
+        self.batches = Batches(corpus.train, **size, seed=data_seed)
+        self.state = State(grad_scale=2.0**16 if config.train.dtype == "float16" else 1.0)
+        self.losses: list[Tensor] = []
+        self.grad_norm: Tensor | None = None
+        self.resume()
+
+    def resume(self) -> None:
+        saved = checkpoint.latest(self.folder / "checkpoint")
+        if saved is not None:
+            checkpoint.load_weights(self.plain, saved.model())
+            self.state = State(**saved.state)
+            self.optimizers.load(saved.optimizer(), self.state.iter)
+
+    def save(self) -> None:
+        checkpoint.save(
+            self.folder / "checkpoint",
+            self.state.iter,
+            checkpoint.weights(self.plain),
+            self.optimizers.state(),
+            vars(self.state),
+        )
+
+    # One update -------------------------------------------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """One iteration: forward and backward over the micro-batches, clipping, a step at the schedule's rate."""
+        train, i = self.config.train, self.state.iter
+        self.optimizers.zero_grad()
+        total: Tensor | None = None
+        for j in range(train.gradient_accumulation_steps):
+            micro = i * train.gradient_accumulation_steps + j
+            torch.manual_seed(train.seed * 1_000_003 + micro)  # for variations that draw from torch's own generator
+            if self.config.model.dropout:
+                set_step(self.plain, train.seed, micro)
+            x, y = (t.to(self.device, non_blocking=True) for t in self.batches(micro))
+            with autocast(self.device, train.dtype):
+                _, loss = self.model(x, y)
+            loss = loss / train.gradient_accumulation_steps if train.gradient_accumulation_steps > 1 else loss
+            (loss * self.state.grad_scale if self.state.grad_scale != 1.0 else loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        self.losses.append(total)
+        if self.clip():
+            self.optimizers.step(self.schedule.multiplier(i))
+        self.state.iter += 1
+
+    @torch.no_grad()
+    def clip(self) -> bool:
+        """Unscales and clips the gradient; False where a float16 overflow means that this step is left out."""
+        gradients, limit, scale = self.optimizers.gradients(), self.config.train.grad_clip, self.state.grad_scale
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1 / scale)
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if scale != 1.0 or self.config.train.dtype == "float16":
+            finite = math.isfinite(self.grad_norm.item())
+            grown = (self.state.iter + 1) % 2000 == 0
+            self.state.grad_scale = max(1.0, scale / 2) if not finite else min(2.0**24, scale * 2) if grown else scale
+            if not finite:
+                return False
+        if limit is not None:
+            torch._foreach_mul_(gradients, (limit / (self.grad_norm + 1e-6)).clamp(max=1.0))
+        return True
+
+    def flush(self) -> int | None:
+        """Moves losses from the device to the state; the iteration of the first that is not finite, if any."""
+        if self.losses:
+            values = torch.stack(self.losses).tolist()
+            first = self.state.iter - len(values)
+            self.losses = []
+            self.state.pending += values
+            self.state.train_loss = values[-1]
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    return first + i + 1
+        return None
+
+    # Evaluation -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, iters: int | str) -> float:
+        """Mean cross entropy in nats per token over fixed windows of the validation split: `iters` batches, or all of it."""
+        train, block = self.config.train, self.config.model.block_size
+        count = None if iters == "full" else int(iters) * train.eval_batch_size
+        starts = windows(self.corpus.val, block_size=block, count=count, seed=EVAL_SEED)
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for first in range(0, len(starts), train.eval_batch_size):
+            chosen = starts[first : first + train.eval_batch_size]
+            x, y = (t.to(self.device) for t in gather(self.corpus.val, chosen, block))
+            with autocast(self.device, train.dtype):
+                _, loss = self.model(x, y)
+            total += loss.double() * len(chosen)
+        self.model.train()
+        return float(total.item() / len(starts))
+
+    # The whole run ----------------------------------------------------------------------------------------------------------
+
+    def run(self, tracker: Tracker, say: Callable[[State, bool], None], stop: Callable[[], bool]) -> str:
+        """Trains to the end. Returns 'done' or 'diverged'; raises Stopped after saving where it is."""
+        train, total, state = self.config.train, self.config.iterations, self.state
+        every = train.checkpoint_interval or train.eval_interval
+        self.model.train()
+        for due in self.iterations(total):
+            started, stopping = time.perf_counter(), stop()
+            if due:
+                self.update()
+            bad = self.tell(tracker, started, due, stopping)
+            if bad is not None:
+                state.iter, state.val_loss = bad, None
+                return "diverged"
+            if state.iter % train.eval_interval == 0 or state.iter == total:
+                if not self.measure(tracker, final=state.iter == total):
+                    return "diverged"
+                say(state, True)
+            elif due and state.iter % train.log_interval == 0:
+                say(state, False)
+            if state.iter == total:
+                break
+            if state.iter > 0 and (stopping or state.iter % every == 0):
+                self.save()
+            if stopping:
+                raise Stopped
+        self.save()
+        return "done"
+
+    def iterations(self, total: int) -> Iterator[bool]:
+        """One False for the evaluation before the first update, then True until `total` updates are done."""
+        if self.state.evaluated < 0:
+            yield False
+        while self.state.iter < total:
+            yield True
+
+    def tell(self, tracker: Tracker, started: float, updated: bool, stopping: bool) -> int | None:
+        """Counts time and logs the training loss where it is due; the iteration of a loss that is not finite, if there was one."""
+        train, state = self.config.train, self.state
+        logging = updated and state.iter % train.log_interval == 0
+        pausing = stopping or state.iter in (0, self.config.iterations) or any(
+            n and state.iter % n == 0 for n in (train.eval_interval, train.checkpoint_interval)
+        )  # fmt: skip
+        bad = self.flush() if logging or pausing or self.device.type == "cpu" else None
+        if logging or pausing:
+            synchronise(self.device)
+        elapsed = time.perf_counter() - started
+        state.seconds += elapsed
+        state.train_seconds += elapsed
+        if bad is None and logging:
+            record = {"kind": "train", **self.position(), "train_loss": sum(state.pending) / len(state.pending)}
+            record["learning_rate"] = self.config.optimizer.options.learning_rate * self.schedule.multiplier(
+                state.iter - 1
+            )
+            record["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
+            tracker.log({**record, "tokens_per_second": self.tokens_per_second()})
+            state.pending = []
+        return bad
+
+    def measure(self, tracker: Tracker, final: bool) -> bool:
+        """Evaluates and logs; False where the loss is not finite."""
+        train, state, started = self.config.train, self.state, time.perf_counter()
+        loss = self.evaluate((train.final_eval_iters if final else None) or train.eval_iters)
+        state.seconds += time.perf_counter() - started
+        state.evaluated = state.iter
+        tracker.log({"kind": "eval", **self.position(), "val_loss": loss})
+        if not math.isfinite(loss):
+            state.val_loss = None
+            return False
+        state.val_loss = loss
+        state.best_val_loss = loss if state.best_val_loss is None else min(loss, state.best_val_loss)
+        return True
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "iter": self.state.iter,
+            "tokens": self.state.iter * self.config.tokens_per_iter,
+            "seconds": round(self.state.seconds, 4),
+        }
+
+    def tokens_per_second(self) -> float:
+        """Training tokens per second of updates, evaluations not counted."""
+        return self.state.iter * self.config.tokens_per_iter / max(self.state.train_seconds, 1e-9)
+
+    def result(self) -> dict[str, Any]:
+        """What the run measured, for result.json."""
+        state = self.state
+        parameters = sum(p.numel() for _, p, _ in declared(self.plain))
+        return {
+            "val_loss": state.val_loss,
+            "best_val_loss": state.best_val_loss,
+            "train_loss": state.train_loss,
+            "iters": state.iter,
+            "tokens": state.iter * self.config.tokens_per_iter,
+            "seconds": round(state.seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second(), 2),
+            "parameters": parameters,
+            "trainable_parameters": parameters,
+            "flops_per_token": self.plain.flops_per_token(),
+            "peak_memory_bytes": peak_memory(self.device),
+        }

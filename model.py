@@ -1,0 +1,114 @@
+"""GPT: an embedding, blocks of a mixer and an MLP, a norm and a head, each a variation that the configuration names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.options import Catalogue, Invalid, Variant, plain
+from core.slices import initialise, materialise
+from gpt_conf import ModelConfig
+from variations import CATALOGUE
+from variations.cache import Cache
+from variations.dropout import Dropout
+from variations.linear.standard import Linear
+from variations.site import Site
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Shapes: [B, T, C] -> the same."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        width = site.config.n_embd
+        self.ln_1 = site.make("norm", "ln_1", width=width)
+        self.attn = site.make("attention", "attn")
+        self.ln_2 = site.make("norm", "ln_2", width=width)
+        self.mlp = site.make("mlp", "mlp")
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model. Parameters have no memory until `core.slices.materialise`; `build` does it all.
+
+    Raises Invalid for combinations that make no sense (a width that does not fit, tying two different weights, a site that
+    matches nothing), with the option that says so.
+    """
+
+    wpe: Any
+
+    def __init__(self, config: ModelConfig, catalogue: Catalogue = CATALOGUE) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the data's vocabulary is filled in before a model is made"
+        self.config = config
+        site = Site(config, catalogue)
+        self.wte = site.make("embedding", "wte", rows=config.vocab_size, width=config.n_embd)
+        position, _ = site.at("wpe").find("position")
+        self.wpe = site.make("position", "wpe", width=config.n_embd) if position.embeds else None
+        self.drop = Dropout(config.dropout, "wte")
+        self.h = nn.ModuleList(Block(site.at(f"h.{i}")) for i in range(config.n_layer))
+        self.ln_f = site.make("norm", "ln_f", width=config.n_embd)
+        shape = {"in_features": config.n_embd, "out_features": config.vocab_size, "bias": False, "role": "embedding"}
+        self.head = site.make("head", "head", fallback="linear", **shape)
+        if config.tie_weights:
+            self.tie(site.at("wte").node("embedding"), site.at("head").node("head", "linear"))
+        if unused := site.unused():
+            raise Invalid(*unused)
+
+    def tie(self, embedding: Variant, head: Variant) -> None:
+        """Lets the head use the embedding's weight, where both are the same variation with the same options."""
+        if embedding != head:
+            told = f"the embedding is {_told(embedding)} and the head is {_told(head)}"
+            raise Invalid(
+                ("tie_weights", f"one weight is shared, but {told}; make them equal or set tie_weights: false")
+            )
+        self.head.weight = self.wte.weight
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """tokens and targets int64 [B, T] -> logits [B, T, V] and the mean cross entropy in nats per token, if targets are given.
+
+        With a cache, tokens continue what it has seen.
+        """
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = self.wpe.embed(x, cache.offset if cache is not None else 0)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, cache)
+        logits = self.head(self.ln_f(x))
+        if cache is not None:
+            cache.offset += tokens.shape[1]
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
+
+    def flops_per_token(self) -> int:
+        """Forward and backward, per token of a full context: 6 per weight that multiplies, 3 x the mixers' own forward.
+
+        Source: Kaplan et al., arXiv 2001.08361; Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+        """
+        below: list[Any] = [m for m in self.modules() if m is not self]
+        weights = sum(m.in_features * m.out_features for m in below if isinstance(m, Linear))
+        mixers = sum(m.flops_per_token(self.config.block_size) for m in below if hasattr(m, "flops_per_token"))
+        return 6 * weights + 3 * mixers
+
+
+def _told(node: Variant) -> str:
+    options: dict[str, Any] = plain(node.options)
+    return f"{node.name}({', '.join(f'{k}={v}' for k, v in options.items())})" if options else node.name
+
+
+def build(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> GPT:
+    """A model on `device`, every slice initialised from `seed` and its own address."""
+    model = GPT(config)
+    materialise(model, device)
+    initialise(model, seed)
+    return model

@@ -1,0 +1,136 @@
+"""The front door: composes a configuration, then shows it, trains one run, or carries out a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.options import describe, nearest, options_of, plain, walk
+from core.yaml_files import ConfigError
+
+WRONG = 2
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    about = "Trains a run or a sweep. key=value sets an option, key=a,b sweeps it; without --config one run with the defaults."
+    parser = argparse.ArgumentParser(prog="python train.py", description=about)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, in Hydra's grammar")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="list what would run; start nothing")
+    parser.add_argument("--slices", action="store_true", help="list every slice of the first model")
+    parser.add_argument("--json", action="store_true", help="with --dry-run or --slices")
+    parser.add_argument("--list", nargs="?", const="", metavar="KIND", help="the catalogue of variations")
+    parser.add_argument("--yes", action="store_true", help="start more runs than sweep.max_runs")
+    return parser.parse_intermixed_args(words)
+
+
+def main(words: list[str]) -> int:
+    """Returns the exit code: 0, 1 a run failed, 2 the configuration is wrong, 75 stopped."""
+    given = parse(words)
+    try:
+        if given.list is not None:
+            return list_catalogue(given.list)
+        from lab.listing import open_listing
+
+        listing = open_listing(given.config, given.overrides)
+    except ConfigError as error:
+        print("\n".join(error.sentences), file=sys.stderr)
+        return WRONG
+    if given.slices:
+        return show_slices(listing, given.json)
+    if given.dry_run:
+        return show_runs(listing, given.json)
+    limit, count = listing.expansion.sweep.max_runs, len(listing.runs)
+    if count > limit and not given.yes:
+        print(f"sweep.max_runs: {count:,} runs are more than {limit:,}. Start them with --yes.", file=sys.stderr)
+        return WRONG
+    from lab.runner import run
+
+    return run(listing)
+
+
+def show_runs(listing: Any, as_json: bool) -> int:
+    """--dry-run."""
+    expansion = listing.expansion
+    done = len(listing.runs) - len(listing.pending())
+    if as_json:
+        runs = [
+            {
+                "run_id": listing.ids[r.hash],
+                "cell": r.cell,
+                "seed": r.seed,
+                "changed": plain(r.changed),
+                "config": plain(r.config),
+            }
+            for r in listing.runs
+        ]
+        counts = {
+            "cells": expansion.cells,
+            "excluded": expansion.excluded,
+            "duplicates": expansion.duplicates,
+            "done": done,
+        }
+        print(json.dumps({**counts, "runs": runs}))
+        return 0
+    seeds = len({r.seed for r in listing.runs})
+    print(f"{listing.folder}: {expansion.cells} cells x {seeds} seeds = {len(listing.runs)} runs, {done} done")
+    print(f"excluded: {expansion.excluded} cells; duplicates merged: {expansion.duplicates} cells")
+    for run in listing.runs:
+        marks = " (baseline)" if run.baseline else ""
+        print(f"  {listing.ids[run.hash]}  {run.cell}, seed {run.seed}{marks}  {listing.status(run) or ''}".rstrip())
+    return 0
+
+
+def show_slices(listing: Any, as_json: bool) -> int:
+    """--slices."""
+    from engine.optim import table
+    from model import GPT
+    from train_args import with_vocabulary
+
+    config = listing.runs[0].config
+    config = with_vocabulary(config, listing.reader.corpus(config.data).meta.vocab_size)
+    rows = [row.shown() for row in table(GPT(config.model), config.optimizer)]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    columns = ("address", "shape", "parameters", "lr_scale", "weight_decay", "optimizer", "init", "rules")
+    cells = [[_cell(row[c]) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    for line in ([*columns], *cells):
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(f"{len(rows)} slices, {sum(row['parameters'] for row in rows):,} parameters")
+    return 0
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value)) if value and isinstance(value[0], int) else ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def list_catalogue(kind: str) -> int:
+    """--list: every variation of a kind (or of all), its formula, its options."""
+    from variations import CATALOGUE
+
+    if kind and kind not in CATALOGUE:
+        raise ConfigError(f"--list: no kind '{kind}'. {nearest(kind, CATALOGUE)}")
+    for name in [kind] if kind else list(CATALOGUE):
+        print(f"{name}:")
+        for variation, cls in CATALOGUE[name].items():
+            formula = next((x.strip() for x in (cls.__doc__ or "").splitlines() if "Formula:" in x), "")
+            print(f"  {variation:<18}{formula.removeprefix('Formula:').strip()}")
+            options = options_of(cls)
+            for option, spec, tp in walk(options):
+                default = spec.default.name if hasattr(spec.default, "name") else spec.default
+                words = "a variation" if spec.metadata.get("kind") else describe(tp)
+                print(
+                    f"    {option}: {words}, default {'null' if default is None else default}. {spec.metadata['doc']}"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

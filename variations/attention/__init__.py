@@ -1,0 +1,5 @@
+"""Mixers over time."""
+
+from variations.attention.causal import CausalAttention
+
+ATTENTIONS: dict[str, type] = {"causal": CausalAttention}

@@ -1,0 +1,65 @@
+"""Dropout whose mask is a function of (seed, step, site) and of nothing else: not of other layers, of devices, or of a resume."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+_GOLDEN = 0x9E3779B9
+_M1, _M2 = 0x7FEB352D, 0x846CA68B
+
+
+def mix(x: int) -> int:
+    """A 32-bit finaliser: every input bit reaches every output bit. Source: C. Wellons, "lowbias32", 2018."""
+    x &= 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * _M1) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * _M2) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _mix(x: Tensor) -> Tensor:
+    """`mix` on int32 tensors; products wrap, and a mask makes the arithmetic shift a logical one."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _M1
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(_M2)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+class Dropout(nn.Module):
+    """Formula: y = x * keep / (1 - p), keep = hash(element, key) >= p
+    Source: N. Srivastava et al., "Dropout", JMLR 2014.
+    Shapes: any -> the same.
+
+    `key` (int32) and `p` are buffers that no checkpoint holds: runs that differ in them share one graph.
+    """
+
+    key: Tensor
+    p: Tensor
+
+    def __init__(self, p: float, path: str) -> None:
+        super().__init__()
+        self.on = p > 0
+        self.site = zlib.crc32(path.encode())
+        self.register_buffer("p", torch.tensor(p), persistent=False)
+        self.register_buffer("key", torch.zeros((), dtype=torch.int32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.on and self.training):
+            return x
+        index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+        bits = _mix(_mix(index ^ self.key) + self.key)
+        uniform = ((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        return torch.where(uniform >= self.p, x / (1 - self.p).to(x.dtype), 0)
+
+
+def set_step(model: nn.Module, seed: int, step: int) -> None:
+    """Sets every dropout's key for micro-step `step` of the run with `seed`."""
+    clock = mix(mix(seed + _GOLDEN) ^ mix(step * 2 + 1))
+    for module in model.modules():
+        if isinstance(module, Dropout) and module.on:
+            module.key.fill_(_signed(mix(clock ^ module.site)))

@@ -1,0 +1,6 @@
+"""Position-wise networks."""
+
+from variations.mlp.gated import GatedMLP
+from variations.mlp.standard import MLP
+
+MLPS: dict[str, type] = {"standard": MLP, "gated": GatedMLP}

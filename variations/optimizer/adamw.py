@@ -1,0 +1,52 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.options import Invalid, opt
+from variations.optimizer.base import Group, Optimizer, OptimizerOptions
+
+
+@dataclass(frozen=True)
+class AdamWOptions(OptimizerOptions):
+    """Options of AdamW."""
+
+    betas: tuple[float, ...] = opt((0.9, 0.99), "Decay of the first and the second moment.", ge=0.0, lt=1.0)
+    eps: float = opt(1e-8, "Added to the root of the second moment.", gt=0.0)
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise Invalid(("betas", f"{list(self.betas)} is not two numbers"))
+
+
+class AdamW(Optimizer):
+    """Formula: w <- (1 - lr decay) w - lr m / (sqrt(v) + eps), moments corrected for their start at zero
+    Source: Loshchilov and Hutter, arXiv 1711.05101.
+    Shapes: any; state of the weight's shape.
+    """
+
+    Options = AdamWOptions
+    kinds = ("exp_avg", "exp_avg_sq")
+
+    def update(self, group: Group, params: list[Tensor], state: dict[str, list[Tensor]], lr: float) -> None:
+        # The kernel under torch.optim.AdamW(fused=True), called without that class, whose first use imports the compiler (seconds).
+        step = torch.full((), float(self.steps), device=params[0].device)
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            [],
+            [step] * len(params),
+            lr=lr,
+            beta1=self.options.betas[0],
+            beta2=self.options.betas[1],
+            weight_decay=group.weight_decay,
+            eps=self.options.eps,
+            amsgrad=False,
+            maximize=False,
+        )

@@ -1,0 +1,76 @@
+"""Muon for matrices, another optimizer for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.options import Invalid, Variant, opt, variant
+from variations.optimizer.base import Group, Optimizer, OptimizerOptions
+
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # a quintic that is steep at 0 and keeps singular values near 1 (K. Jordan, 2024)
+
+
+def orthogonalise(g: Tensor, steps: int) -> Tensor:
+    """The nearest semi-orthogonal matrices to a batch [n, rows, cols], by Newton-Schulz iterations.
+
+    Source: K. Jordan et al., Muon, 2024; Higham, Functions of Matrices. bfloat16 on CUDA, float32 elsewhere.
+    """
+    a, b, c = COEFFICIENTS
+    x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return (x.mT if tall else x).to(g.dtype)
+
+
+@dataclass(frozen=True)
+class MuonOptions(OptimizerOptions):
+    """Options of Muon."""
+
+    learning_rate: float = opt(0.02, "Peak learning rate of matrices.", ge=0.0)
+    momentum: float = opt(0.95, "Decay of the averaged gradient.", ge=0.0, lt=1.0)
+    nesterov: bool = opt(True, "Whether the step looks ahead along the averaged gradient.")
+    ns_steps: int = opt(5, "Newton-Schulz iterations.", ge=1, le=20)
+    rest: Variant = variant("optimizer", "adamw", "The optimizer of embeddings, the head and vectors.")
+
+    def __post_init__(self) -> None:
+        if self.rest.name == "muon":
+            raise Invalid(("rest", "embeddings, the head and vectors need another optimizer than muon"))
+
+
+class Muon(Optimizer):
+    """Formula: m <- mu m + (1 - mu) g; w <- (1 - lr decay) w - lr sqrt(max(1, rows/cols)) orth(g + mu (m - g))
+    Source: K. Jordan et al., Muon, 2024; Bernstein and Newhouse, arXiv 2409.20325.
+    Shapes: [..., rows, cols]; leading axes are matrices of their own.
+    """
+
+    Options = MuonOptions
+    kinds = ("momentum",)
+    roles = ("matrix",)
+
+    def update(self, group: Group, params: list[Tensor], state: dict[str, list[Tensor]], lr: float) -> None:
+        o: MuonOptions = self.options
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_lerp_(state["momentum"], grads, 1 - o.momentum)
+        directions = torch._foreach_lerp(grads, state["momentum"], o.momentum) if o.nesterov else state["momentum"]
+        if group.weight_decay:
+            torch._foreach_mul_(params, 1 - lr * group.weight_decay)
+        shapes = {p.shape[-2:] for p in params}
+        for shape in sorted(shapes, key=tuple):
+            same = [i for i, p in enumerate(params) if p.shape[-2:] == shape]
+            batch = torch.cat([directions[i].reshape(-1, *shape) for i in same])
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            parts = orthogonalise(batch, o.ns_steps).split([params[i].shape[:-2].numel() for i in same])
+            torch._foreach_add_([params[i] for i in same], [x.view(params[i].shape) for x, i in zip(parts, same, strict=True)],
+                                alpha=-lr * scale)  # fmt: skip

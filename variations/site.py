@@ -1,0 +1,86 @@
+"""A site is a place in the model: its path, the configuration, and the variations that `model.sites` chooses there.
+
+Every variation is built as `Class(options, site, **shape)` and makes its own parts with `site.make(kind, name, **shape)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from core.options import Catalogue, Invalid, Variant, nearest
+from core.slices import Initialiser, select
+from gpt_conf import ModelConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a variation is built. `asked` remembers, for all sites of a model, which places looked up which kinds."""
+
+    config: ModelConfig
+    catalogue: Catalogue
+    path: str = ""
+    asked: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def at(self, name: str) -> Site:
+        """The site one segment below."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    def node(self, kind: str, fallback: str | None = None) -> Variant:
+        """The variation of `kind` here: the last site rule that matches, else the model's. A rule about the `fallback` kind
+        counts as one about `kind` (a head is also a linear)."""
+        chosen: Variant = getattr(self.config, kind)
+        hits = self.asked.setdefault((kind, self.path), [])
+        for name, rule in self.config.sites.items():
+            nodes = rule.nodes()
+            given = nodes.get(kind) or (nodes.get(fallback) if fallback else None)
+            if given and select(rule.patterns, rule.exceptions, lambda p: p.matches_module(self.path)):
+                chosen = given
+                hits.append(name)
+        return chosen
+
+    def find(self, kind: str, fallback: str | None = None) -> tuple[Any, Any]:
+        """The class of the variation of `kind` here, and its options."""
+        chosen = self.node(kind, fallback)
+        known: Mapping[str, Any] = self.catalogue[kind]
+        return known[chosen.name], chosen.options
+
+    def make(self, kind: str, name: str, *, fallback: str | None = None, **shape: Any) -> nn.Module:
+        """Builds the variation of `kind` at the place `name` below. Its ValueErrors are told with the place."""
+        below = self.at(name)
+        cls, options = below.find(kind, fallback)
+        try:
+            module: nn.Module = cls(options, below, **shape)
+        except Invalid:
+            raise
+        except ValueError as error:
+            raise Invalid((kind, f"at '{below.path}': {error}")) from error
+        return module
+
+    def initialiser(self) -> Initialiser:
+        """What fills the matrices made here."""
+        cls, options = self.find("init")
+        made: Initialiser = cls(options)
+        return made
+
+    def residual_gain(self) -> float:
+        """The multiplier of a projection onto the residual stream: 1/sqrt(2 n_layer) as in GPT-2, unless the init opts out."""
+        _, options = self.find("init")
+        return 1 / math.sqrt(2 * self.config.n_layer) if getattr(options, "scale_residual", True) else 1.0
+
+    def unused(self) -> list[tuple[str, str]]:
+        """Site rules that chose nothing, each with a sentence. Meaningful once the model is built."""
+        hit = {name for names in self.asked.values() for name in names}
+        wrong = []
+        for name, rule in self.config.sites.items():
+            if name not in hit and not rule.optional:
+                kinds = set(rule.nodes())
+                places = sorted({path for kind, path in self.asked if kind in kinds})
+                patterns = " and ".join(repr(p) for p in rule.patterns)
+                text = f"{patterns} matches no place where a {' or '.join(sorted(kinds))} is made"
+                wrong.append((f"sites.{name}", f"{text}. {nearest(rule.patterns[0], places)}"))
+        return wrong
