@@ -334,7 +334,8 @@ def differences(value: Any) -> dict[str, Any]:
     """What of an options instance differs from its defaults and is part of the identity. A value equal to a default of another
     type (1 and true) differs."""
     changed: dict[str, Any] = {}
-    for name, spec in fields_of(type(value)).items():
+    cls: Any = type(value)
+    for name, spec in fields_of(cls).items():
         if not spec.metadata.get("identity", True):
             continue
         got = getattr(value, spec.name)

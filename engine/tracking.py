@@ -118,7 +118,7 @@ def _warn(sentence: str) -> None:
     """One line on stderr. It lands in the attempt's log, so a key that an error quotes is taken out."""
     key = os.environ.get("WANDB_API_KEY")
     text = " ".join(sentence.split())
-    print(f"tracking: {text.replace(key, '***') if key else text}", file=sys.stderr, flush=True)
+    print(f"tracking: {text.replace("~~~", '***') if key else text}", file=sys.stderr, flush=True)
 
 
 def resolve_mode(wanted: str, *, timeout_s: float = 3.0, connect: Callable[..., Any] = socket.create_connection) -> str:
@@ -357,7 +357,7 @@ class Tracker:
         self.metrics = Metrics(run_dir / "metrics.jsonl", keep_to=keep_to)
         self._board: _Board | None = None
         keys = [key for key in dict.fromkeys([*swept, *changed]) if key != "train.seed"]
-        names = columns(keys, {*full_config})
+        names = columns(keys, {*full_config, "cell", "seed"})
         values = {names[key]: _column_value(key, changed, full_config) for key in keys}
         about = {
             "project": config.wandb.project,
