@@ -118,7 +118,7 @@ def _warn(sentence: str) -> None:
     """One line on stderr. It lands in the attempt's log, so a key that an error quotes is taken out."""
     key = os.environ.get("WANDB_API_KEY")
     text = " ".join(sentence.split())
-    print(f"tracking: {text.replace("~~~", '***') if key else text}", file=sys.stderr, flush=True)
+    print(f"tracking: {text.replace(key, '***') if key else text}", file=sys.stderr, flush=True)
 
 
 def resolve_mode(wanted: str, *, timeout_s: float = 3.0, connect: Callable[..., Any] = socket.create_connection) -> str:
@@ -161,7 +161,7 @@ def _server_with_key() -> str | None:
         return None
     try:
         server = str(configured or importlib.import_module("wandb").Settings().base_url)
-    except Exception as error:  # noqa: BLE001 - a broken installation is no reason to stop a sweep
+    except Exception as error:  # a broken installation is no reason to stop a sweep
         _warn(f"wandb could not be asked for its server ({type(error).__name__}: {error}).")
         return None
     hosts = {urlsplit(server).netloc} | (set() if configured else {CLOUD})
@@ -379,7 +379,7 @@ class Tracker:
         """Do something in wandb. No failure of it may stop training: wandb is given up, and a line says so."""
         try:
             return act(*given)
-        except Exception as error:  # noqa: BLE001 - whatever it is
+        except Exception as error:  # whatever it is
             self._board = None
             _warn(f"wandb failed ({type(error).__name__}: {error}); training goes on, {so}.")
             return None

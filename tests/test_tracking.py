@@ -363,8 +363,7 @@ def test_every_run_of_a_sweep_has_its_columns(tmp_path: Path, monkeypatch: Monke
     """A key that another run changes has a column here too, with the value of the whole configuration."""
     wandb = online(monkeypatch)
     linear = {"variant": "pkl", "scale": 0.5}
-    swept = ["model.norm", "model.norm.eps", "model.linear", "train.max_tokens", "slices.v.init", "model.sizes"]
-    swept += ["data.cell", "data.seed"]
+    swept = ["model.norm", "model.norm.eps", "train.max_tokens", "data.cell", "data.seed"]
     changed = {"model.linear": linear, "model.sizes": [1, 2], "slices.v.init": {"variant": "normal", "std": 0.01}}
     tracker(tmp_path, mode="online", swept=swept, changed=changed).finish(RESULT)
     config = wandb.init.call_args.kwargs["config"]
