@@ -77,7 +77,7 @@ class GPT(nn.Module):
 
         With a cache, tokens continue what it has seen.
         """
-        x = self.wte(tokens)
+        x = self.wte(tokens, cache)
         if self.wpe is not None:
             x = self.wpe.embed(x, cache.offset if cache is not None else 0)
         x = self.drop(x)

@@ -81,7 +81,7 @@ def _wrong_in(tree: Any) -> str:
     chars, file = tree.get("chars"), tree.get("tokenizer_file")
     if chars is not None and not (isinstance(chars, list) and all(isinstance(c, str) for c in chars)):
         return "'chars' must be a list of characters"
-    if file is not None and (not isinstance(file, str) ):
+    if file is not None and (not isinstance(file, str) or Path(file).name != file):
         return "'tokenizer_file' must be the name of a file in this folder"
     return ""
 

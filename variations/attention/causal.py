@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class CausalAttention(nn.Module):
         """Options of causal attention."""
 
         qk_norm: bool = opt(False, "Whether queries and keys are normalised per head, before they are rotated.")
+        kernel: Literal["fused", "plain"] = opt("fused", "torch's fused kernel, or matrix products and a softmax.")
 
     position: Any
     readers = ("qkv",)  # the linears that read this module's input
@@ -43,6 +44,7 @@ class CausalAttention(nn.Module):
         self.k_norm = site.make("norm", "k_norm", width=self.width) if options.qk_norm else None
         cls, _ = site.at("position").find("position")
         self.position = None if cls.embeds else site.make("position", "position", width=self.width)
+        self.fused = options.kernel == "fused"
         self.drop = Dropout(c.dropout, site.path)
         self.attn_drop = Dropout(c.dropout, f"{site.path}.weights")
 
@@ -65,16 +67,19 @@ class CausalAttention(nn.Module):
         """q [B, H, T, D], k and v [B, K, S, D], the last T of S positions being q's -> [B, H, T, D]."""
         t, s = q.shape[-2], k.shape[-2]
         dropping = self.attn_drop.on and self.training
-        if not dropping and (t == s or t == 1):
+        fused = self.fused and not dropping
+        if fused and (t == s or t == 1):
             return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1, enable_gqa=self.heads != self.kv_heads)
-        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-        if not dropping:
+        if fused:
+            mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
         # The fused kernel draws its own dropout mask, which cannot be a function of seed, step and site.
-        k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-2, -1)) / math.sqrt(self.width)
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        return self.attn_drop(weights) @ v
+        if self.heads != self.kv_heads:
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        hidden = torch.full((t, s), float("-inf"), dtype=q.dtype, device=q.device).triu(s - t + 1)
+        scores = torch.baddbmm(hidden, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=1 / math.sqrt(self.width))
+        weights = self.attn_drop(scores.softmax(-1))
+        return torch.bmm(weights.to(v.dtype), v.flatten(0, 1)).view(q.shape)
 
     def flops_per_token(self, t: int) -> int:
         """Multiply-adds times two of scores and weighted sum, forward, for a context of `t` (without the linears)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variations.cache import Cache
 from variations.pkl import PKLOptions, declare_pkl, effective
 from variations.site import Site
 
@@ -26,5 +27,5 @@ class PKLEmbedding(nn.Module):
     def effective(self) -> Tensor:
         return effective(self.weight, self.scale)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         return F.embedding(tokens, self.effective())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from core.options import NoOptions
 from core.slices import Declaration, Layout, declare
+from variations.cache import Cache
 from variations.site import Site
 
 
@@ -29,5 +30,5 @@ class Embedding(nn.Module):
         """The table that is looked up, [V, C]."""
         return self.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         return F.embedding(tokens, self.weight)
