@@ -1,0 +1,1 @@
+"""Measurements: ratios against a peer or a baseline, alternating in one process tree."""
