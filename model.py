@@ -57,29 +57,44 @@ class GPT(nn.Module):
         shape = {"in_features": config.n_embd, "out_features": config.vocab_size, "bias": False, "role": "embedding"}
         self.head = site.make("head", "head", fallback="linear", **shape)
         if config.tie_weights:
-            self.tie(site.at("wte").node("embedding"), site.at("head").node("head", "linear"))
+            self.tie(site)
         if unused := site.unused():
             raise Invalid(*unused)
 
-    def tie(self, embedding: Variant, head: Variant) -> None:
-        """Lets the head use the embedding's weight, where both are the same variation with the same options."""
+    def tie(self, site: Site) -> None:
+        """Lets the head use the embedding's weight and its knobs, where both are the same variation with the same options."""
+        embedding, head = site.at("wte").node("embedding"), site.at("head").node("head", "linear")
         if embedding != head:
             told = f"the embedding is {_told(embedding)} and the head is {_told(head)}"
             raise Invalid(
                 ("tie_weights", f"one weight is shared, but {told}; make them equal or set tie_weights: false")
             )
-        self.head.weight = self.wte.weight
+        for name in site.asked.get(("init", "head"), []):
+            if name not in site.asked.get(("init", "wte"), []):
+                text = "the head's weight is the embedding's (tie_weights), and its init is chosen at 'wte'"
+                raise Invalid((f"sites.{name}.init", text))
+        mine, other = ({n: p.shape for n, p in m.named_parameters()} for m in (self.wte, self.head))
+        if mine != other:
+            raise Invalid(("tie_weights", f"{_told(head)} has weights in the head that the embedding does not have"))
+        for path, module in ((p, m) for p, m in self.wte.named_modules() if m._parameters):
+            below = self.head.get_submodule(path)
+            below._parameters.update(module._parameters)
+            below._buffers.update(module._buffers)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """tokens and targets int64 [B, T] -> logits [B, T, V] and the mean cross entropy in nats per token, if targets are given.
 
-        With a cache, tokens continue what it has seen.
+        With a cache, tokens continue what it has seen. Raises ValueError for more tokens than `block_size`.
         """
+        offset = cache.offset if cache is not None else 0
+        if offset + tokens.shape[1] > self.config.block_size:
+            given = f"{offset} cached and {tokens.shape[1]} new" if offset else f"{tokens.shape[1]}"
+            raise ValueError(f"{given} tokens are more than model.block_size, which is {self.config.block_size}")
         x = self.wte(tokens, cache)
         if self.wpe is not None:
-            x = self.wpe.embed(x, cache.offset if cache is not None else 0)
+            x = self.wpe.embed(x, offset)
         x = self.drop(x)
         for block in self.h:
             x = block(x, cache)
@@ -88,7 +103,7 @@ class GPT(nn.Module):
             cache.offset += tokens.shape[1]
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self) -> int:
         """Forward and backward, per token of a full context: 6 per weight that multiplies, 3 x the mixers' own forward.

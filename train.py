@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from core.options import describe, nearest, options_of, plain, walk
 from core.yaml_files import ConfigError
 
-WRONG = 2
+FAILED, WRONG, STOPPED = 1, 2, 75
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -24,29 +25,48 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="with --dry-run or --slices")
     parser.add_argument("--list", nargs="?", const="", metavar="KIND", help="the catalogue of variations")
     parser.add_argument("--yes", action="store_true", help="start more runs than sweep.max_runs")
-    return parser.parse_intermixed_args(words)
+    given = parser.parse_intermixed_args(words)
+    if given.json and not (given.dry_run or given.slices):
+        parser.error("--json goes with --dry-run or --slices")
+    return given
 
 
 def main(words: list[str]) -> int:
     """Returns the exit code: 0, 1 a run failed, 2 the configuration is wrong, 75 stopped."""
     given = parse(words)
     try:
-        if given.list is not None:
-            return list_catalogue(given.list)
-        from lab.listing import open_listing
-
-        listing = open_listing(given.config, given.overrides)
+        code = act(given)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print("\n".join(error.sentences), file=sys.stderr)
         return WRONG
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        print("the output was closed before all of it was written", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"{error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("stopped. The same command continues.", file=sys.stderr)
+        return STOPPED
+
+
+def act(given: argparse.Namespace) -> int:
+    """What the command line asks for. Raises ConfigError with every mistake in it or in the files."""
+    if given.list is not None:
+        return list_catalogue(given.list)
+    from lab.listing import open_listing
+
+    listing = open_listing(given.config, given.overrides)
     if given.slices:
         return show_slices(listing, given.json)
     if given.dry_run:
         return show_runs(listing, given.json)
     limit, count = listing.expansion.sweep.max_runs, len(listing.runs)
     if count > limit and not given.yes:
-        print(f"sweep.max_runs: {count:,} runs are more than {limit:,}. Start them with --yes.", file=sys.stderr)
-        return WRONG
+        raise ConfigError(f"sweep.max_runs: {count:,} runs are more than {limit:,}. Start them with --yes.")
     from lab.runner import run
 
     return run(listing)
@@ -73,7 +93,7 @@ def show_runs(listing: Any, as_json: bool) -> int:
             "duplicates": expansion.duplicates,
             "done": done,
         }
-        print(json.dumps({**counts, "runs": runs}))
+        print(json.dumps({**counts, "runs": runs}), flush=True)
         return 0
     seeds = len({r.seed for r in listing.runs})
     print(f"{listing.folder}: {expansion.cells} cells x {seeds} seeds = {len(listing.runs)} runs, {done} done")

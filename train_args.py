@@ -1,37 +1,19 @@
-"""The whole configuration: its tree, reading it once with every mistake told, and the identity of a run."""
+"""The whole configuration of a run as dataclasses: the only list of its options."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any, Literal
 
-from core.compose import get
-from core.options import (
-    Catalogue,
-    Invalid,
-    Mistake,
-    Path,
-    Reader,
-    Variant,
-    differences,
-    fields_of,
-    hints,
-    key_of,
-    nearest,
-    node,
-    opt,
-    options_of,
-    variant,
-)
-from core.yaml_files import ConfigError
-from gpt_conf import KINDS, ModelConfig
+from core.options import Invalid, Variant, nearest, node, opt, variant
+from core.yaml_files import ConfigError, shown
+from gpt_conf import ModelConfig
 
 CONFIG_VERSION = 1  # raised when a default's meaning changes: old and new runs then have different identities
 DEFAULT_ITERS = 2000
@@ -165,7 +147,7 @@ class Config:
             wrong.append(
                 (
                     "name",
-                    f"{self.name!r} is not made of letters, digits, '-', '_' and '.' (at most 100, no leading dot)",
+                    f"{self.name!r} is not made of letters, digits, '-', '_' and '.' (at most 100, the first no '-' or '.')",
                 )
             )
         if self.slices:
@@ -193,251 +175,45 @@ class Config:
         return (t.seed if t.init_seed is None else t.init_seed, t.seed if t.data_seed is None else t.data_seed)
 
 
-# Interpolation --------------------------------------------------------------------------------------------------------------
-
-_REFERENCE = re.compile(r"\$\{([^${}]*)\}")
-
-
-def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
-    """The tree with every `${a.b}` (or `${.b}`, beside it) replaced by what it names, and what could not be.
-
-    A value that is one reference takes the other's type; inside text it is written out. Resolvers (`${name:...}`) are refused.
-    """
-    mistakes: list[Mistake] = []
-
-    def lookup(reference: str, path: Path, trail: tuple[Path, ...]) -> Any:
-        dots = len(reference) - len(reference.lstrip("."))
-        base = path[: len(path) - dots] if dots else ()
-        target = (*base, *reference[dots:].split("."))
-        if ":" in reference:
-            raise ValueError(f"'${{{reference}}}' is not allowed: only keys of the configuration can be referred to")
-        if target in trail:
-            raise ValueError(f"'${{{reference}}}' refers to itself")
-        value: Any = tree
-        for i, key in enumerate(target):
-            if isinstance(value, str) and key == "variant":
-                continue
-            if not isinstance(value, Mapping) or key not in value:
-                known = [".".join((*target[:i], str(k))) for k in value] if isinstance(value, Mapping) else []
-                raise ValueError(
-                    f"'${{{reference}}}' names nothing that the files set. {nearest('.'.join(target), known)}".rstrip(
-                        "."
-                    )
-                )
-            value = value[key]
-        return walk(value, target, (*trail, target))
-
-    def text(value: str, path: Path, trail: tuple[Path, ...]) -> Any:
-        whole = _REFERENCE.fullmatch(value)
-        try:
-            if whole:
-                return lookup(whole.group(1), path, trail)
-            made = _REFERENCE.sub(lambda m: str(lookup(m.group(1), path, trail)), value)
-            if "${" in made:
-                raise ValueError(f"{value!r} has a reference that does not close")
-            return made
-        except (ValueError, RecursionError) as error:
-            mistakes.append(Mistake(path, str(error)))
-            return None
-
-    def walk(value: Any, path: Path, trail: tuple[Path, ...]) -> Any:
-        if isinstance(value, str):
-            return text(value, path, trail) if "${" in value else value
-        if isinstance(value, Mapping):
-            made = {k: walk(v, (*path, k), trail) for k, v in value.items()}
-            return value if all(made[k] is value[k] for k in value) else made
-        if isinstance(value, list):
-            items = [walk(v, (*path, str(i)), trail) for i, v in enumerate(value)]
-            return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-        return value
-
-    return walk(tree, (), ()), mistakes
-
-
-# Reading --------------------------------------------------------------------------------------------------------------------
-
-
-def has_references(value: Any) -> bool:
-    """Whether any text in a tree refers to another key."""
-    if isinstance(value, Mapping):
-        return any(has_references(v) for v in value.values())
-    return (
-        any(has_references(v) for v in value) if isinstance(value, list) else isinstance(value, str) and "${" in value
-    )
-
-
-def load_plugins(files: tuple[str, ...] | list[str], folder: File) -> dict[str, str]:
-    """Runs each Python file (relative to `folder`), which adds entries to the catalogue's dictionaries; returns content hashes.
-
-    Raises ConfigError where a file is missing or fails.
-    """
-    made = {}
-    for name in files:
-        path = (folder / name).resolve()
-        if not path.is_file() or path.suffix != ".py":
-            raise ConfigError(f"plugins: '{name}' is no Python file below {folder}.")
-        content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        module = f"slicewise_plugin_{content}"
-        made[str(path)] = content
-        if module in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(module, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[module] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[module])
-        except Exception as error:
-            del sys.modules[module]
-            raise ConfigError(f"plugins: '{name}' failed: {type(error).__name__}: {error}.") from error
-    return made
-
-
-@dataclass
-class ConfigReader:
-    """Reads many trees of one sweep. Sections that trees share are read once; each distinct model is built once, without memory.
-
-    `corpora(data)` gives the corpus of a data section: vocabulary, number of tokens, content hash. `build(model)` raises ValueError
-    for a model that cannot be.
-    """
-
-    catalogue: Catalogue
-    corpora: Callable[[DataConfig], Any]
-    build: Callable[[ModelConfig], object]
-    plugins: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.reader = Reader(self.catalogue)
-        self._built: dict[Any, list[Mistake]] = {}
-        self._corpora: dict[DataConfig, Any] = {}
-        self._parts: dict[int, tuple[Any, Any]] = {}
-
-    def read(self, tree: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
-        """The configuration that a tree says, and every mistake in it."""
-        tree, mistakes = resolve(tree) if has_references(tree) else (dict(tree), [])
-        tree = self._fill_sites(tree)
-        self.reader.mistakes = mistakes
-        config = self.reader.read(Config, tree)
-        if config is None or mistakes:
-            return None, self.reader.mistakes
-        wrong = self._check(config)
-        return (None if wrong else config), wrong
-
-    def _fill_sites(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A site's mapping without a variant is about the model's own variant of that kind."""
-        model = tree.get("model")
-        sites = model.get("sites") if isinstance(model, Mapping) else None
-        if not isinstance(model, Mapping) or not isinstance(sites, Mapping):
-            return tree
-        known = self._parts.get(id(model))
-        if known is None:
-            made = {name: self._filled(site, model) for name, site in sites.items()}
-            known = self._parts[id(model)] = (model, {**model, "sites": made})
-        return {**tree, "model": known[1]}
-
-    def _filled(self, site: Any, model: Mapping[str, Any]) -> Any:
-        if not isinstance(site, Mapping):
-            return site
-        made = dict(site)
-        for kind in KINDS:
-            if isinstance(given := site.get(kind), Mapping) and "variant" not in given:
-                base = model.get(kind, ModelConfig.__dataclass_fields__[kind].default.name)
-                made[kind] = {"variant": base, **given} if isinstance(base, str) else {**base, **given}
-        return made
-
-    def corpus(self, data: DataConfig) -> Any:
-        if data not in self._corpora:
-            self._corpora[data] = self.corpora(data)
-        return self._corpora[data]
-
-    def _check(self, config: Config) -> list[Mistake]:
-        """What only the data and the assembled model can tell."""
-        try:
-            corpus = self.corpus(config.data)
-        except ValueError as error:
-            return [Mistake(("data", "dataset"), str(error).rstrip("."))]
-        wrong = []
-        longest = min(len(corpus.train), len(corpus.val)) - 1
-        if config.model.block_size > longest:
-            text = (
-                f"{config.model.block_size} is longer than the data: '{config.data.dataset}' allows at most {longest}"
-            )
-            wrong.append(Mistake(("model", "block_size"), text))
-        vocabulary = config.model.vocab_size
-        if vocabulary is not None and vocabulary < corpus.meta.vocab_size:
-            text = f"{vocabulary} is smaller than the data's vocabulary of {corpus.meta.vocab_size}"
-            wrong.append(Mistake(("model", "vocab_size"), text))
-        if config.train.dtype == "float16" and config.train.device == "cpu":
-            wrong.append(Mistake(("train", "dtype"), "float16 needs a CUDA device; use bfloat16 or float32"))
-        return wrong or self._build(with_vocabulary(config, corpus.meta.vocab_size).model)
-
-    def _build(self, model: ModelConfig) -> list[Mistake]:
-        key = key_of(model)
-        if key not in self._built:
-            self._built[key] = []
-            try:
-                self.build(model)
-            except Invalid as error:
-                self._built[key] = [
-                    Mistake(("model", *name.split(".")), text.rstrip(".")) for name, text in error.wrong
-                ]
-            except ValueError as error:
-                self._built[key] = [Mistake(("model",), str(error).rstrip("."))]
-        return self._built[key]
-
-    def identity(self, config: Config) -> tuple[str, str]:
-        """Hashes of the run and of its cell (the run without its seed): ten hexadecimal digits each."""
-        parts = {name: self._difference(getattr(config, name)) for name in ("model", "data", "optimizer", "schedule")}
-        content = {"data": self.corpus(config.data).meta.content_hash, "plugins": sorted(self.plugins.values())}
-        train = differences(config.train)
-        seed = train.pop("seed", None)
-        cell = json.dumps({"version": CONFIG_VERSION, "content": content, "train": train, **parts}, sort_keys=True)
-        return _digest(f"{cell} seed {seed}"), _digest(cell)
-
-    def _difference(self, section: Any) -> str:
-        known = self._parts.get(id(section))
-        if known is None:
-            changed = (
-                differences(section.options) | {"variant": section.name}
-                if isinstance(section, Variant)
-                else differences(section)
-            )
-            known = self._parts[id(section)] = (section, json.dumps(changed, sort_keys=True))
-        return str(known[1])
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
 def with_vocabulary(config: Config, size: int) -> Config:
     """The configuration with the data's vocabulary where the file named none."""
     return config if config.model.vocab_size else replace(config, model=replace(config.model, vocab_size=size))
 
 
-def default_value(catalogue: Catalogue, tree: Any, path: Path) -> Any:
-    """What a key holds where `tree` does not set it: its option's default, a variation's name for a node; None if unknown."""
-    cls: Any = Config
-    for i, key in enumerate(path):
-        spec = fields_of(cls).get(key)
-        if spec is None:
-            return None
-        rest, kind = path[i + 1 :], spec.metadata.get("kind")
-        if kind is None and not rest:
-            return spec.default
-        if kind is None:
-            cls = hints(cls)[spec.name]
-            if not is_dataclass(cls):
-                return None
-            continue
-        given = get(tree, path[: i + 1])
-        named = given.get("variant") if isinstance(given, Mapping) else given
-        name: Any = named or (spec.default.name if isinstance(spec.default, Variant) else None)
-        if rest in ((), ("variant",)) or name not in catalogue[kind]:
-            return name
-        cls = options_of(catalogue[kind][name])
-    return None
+def load_plugins(
+    files: Sequence[str], folder: File, place: Callable[[int], str | None] = lambda i: None
+) -> dict[str, str]:
+    """Runs each Python file (relative to `folder`), which adds entries to the catalogue's dictionaries.
+
+    Returns the hash of its content by its absolute path. A file whose content has run in this process is not run again.
+    `place(i)` is where the i-th name was written. Raises ConfigError where a file is missing or fails.
+    """
+    made = {}
+    for i, name in enumerate(files):
+        where = f" ({place(i)})" if place(i) else ""
+        path = (folder / name).resolve()
+        if not path.is_file() or path.suffix != ".py":
+            beside = [p.name for p in path.parent.glob("*.py")]
+            raise ConfigError(f"plugins: there is no Python file '{shown(path)}'{where}. {nearest(path.name, beside)}")
+        content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        made[str(path)] = content
+        if f"slicewise_plugin_{content}" not in sys.modules:
+            _execute(path, f"slicewise_plugin_{content}", where)
+    return made
 
 
-def sentences(mistakes: list[Mistake], place: Callable[[Path], str | None]) -> list[str]:
-    """Each mistake as a sentence with its place, once."""
-    return list(dict.fromkeys(m.sentence(place(m.at or m.path)) for m in mistakes))
+def _execute(path: File, module: str, where: str) -> None:
+    spec = importlib.util.spec_from_file_location(module, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[module] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules[module])
+    except (Exception, SystemExit) as error:
+        del sys.modules[module]
+        line = getattr(error, "lineno", None)  # of a syntax error
+        trace = error.__traceback__
+        while trace is not None:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
+            trace = trace.tb_next
+        at = f" in line {line}" if line else ""
+        raise ConfigError(f"plugins: {shown(path)} failed{at}{where}: {type(error).__name__}: {error}.") from error

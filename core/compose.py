@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -22,12 +22,12 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from core.options import Path, nearest
-from core.yaml_files import ConfigError, Loaded, load_file, shown
+from core.yaml_files import SUFFIXES, ConfigError, Loaded, load_file
 
 PRIMARY = "__primary__"
-SUFFIXES = (".yaml", ".yml", ".json")
 ORDERED_TABLES: tuple[Path, ...] = (
     ("slices",),
     ("model", "sites"),
@@ -40,14 +40,20 @@ TABLES: tuple[Path, ...] = (
     ("sweep", "cases"),
 )  # an entry set to null is removed
 COMMAND_LINE = "command line"
+MAX_LOADS = 500
+
+
+def names_variant(node: Any) -> bool:
+    """Whether a node is a mapping that names a variant (a rule, a site or a case may itself be called 'variant')."""
+    return isinstance(node, Mapping) and not isinstance(node.get("variant", {}), Mapping)
 
 
 def merge(base: Any, over: Any, path: Path = ()) -> Any:
     """`over` laid on `base`, neither changed: a mapping merges key by key unless it names a variant."""
-    if not isinstance(over, Mapping) or "variant" in over:
+    if not isinstance(over, Mapping) or names_variant(over):
         return over
-    if isinstance(base, str):
-        return {"variant": base, **over}
+    if isinstance(base, str) or base is False:
+        return {"variant": base, **over}  # a node that is a name, or off
     if not isinstance(base, Mapping):
         return over
     made = dict(base)
@@ -66,33 +72,42 @@ def put(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
     if not rest:
         return {**tree, head: merge(tree.get(head), value, ("?",))}
     below = tree.get(head)
-    if isinstance(below, str):
+    if isinstance(below, str) or below is False:
         below = {"variant": below}
-    if rest == ("variant",):
+    if rest == ("variant",) and not isinstance(value, Mapping):
         return {**tree, head: {"variant": value}}
     return {**tree, head: put(below if isinstance(below, Mapping) else {}, rest, value)}
 
 
-def get(tree: Any, path: Path) -> Any:
-    """The value at `path`, or None."""
+def get(tree: Any, path: Path, default: Any = None) -> Any:
+    """The value at `path`, or `default`."""
     for key in path:
         if not isinstance(tree, Mapping) or key not in tree:
-            return None
+            return default
         tree = tree[key]
     return tree
 
 
-def drop_nulls(tree: dict[str, Any]) -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value that a tree sets, with its path: nodes that name a variant, lists and scalars are values."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value and not names_variant(value):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def drop_nulls(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tree without the rules, sites, axes and cases that were set to null."""
     for path in TABLES:
         table = get(tree, path)
-        if isinstance(table, Mapping) and None in table.values():
+        if isinstance(table, Mapping) and any(v is None for v in table.values()):
             kept = {k: v for k, v in table.items() if v is not None}
             tree = _replace(tree, path, kept)
     return tree
 
 
-def _replace(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
+def _replace(tree: Mapping[str, Any], path: Path, value: Any) -> Mapping[str, Any]:
     if len(path) == 1:
         return {**tree, path[0]: value}
     return {**tree, path[0]: _replace(tree[path[0]], path[1:], value)}
@@ -108,7 +123,11 @@ class Composed:
     packages: set[str] = field(default_factory=set)  # where files without a package header landed
 
     def place(self, path: Path) -> str | None:
-        """'file:line' of a key, or of the nearest key above it that somebody wrote."""
+        """'file:line' of a key, or of one inside it (the command line sets single keys), or of the nearest above it."""
+        if path not in self.places:
+            inside = [place for below, place in self.places.items() if below[: len(path)] == path]
+            if path and inside:
+                return inside[-1]
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
@@ -141,8 +160,11 @@ class _Folder(ConfigSource):
             self.files[config_path] = load_file(file)
         loaded = self.files[config_path]
         defaults = loaded.tree.get("defaults", [])
+        place = loaded.places.get(("defaults",))
         if not isinstance(defaults, list):
-            raise ConfigError(f"defaults: {defaults!r} is not a list of files ({loaded.places.get(('defaults',))}).")
+            raise ConfigError(f"defaults: {defaults!r} is not a list of files ({place}).")
+        if "${" in str(defaults):  # Hydra would read environment variables
+            raise ConfigError(f"defaults: '${{...}}' is not allowed in the names of files ({place}).")
         config = OmegaConf.create({"defaults": defaults, "content": 1})
         return ConfigResult(provider=self.provider, path=str(file), config=config, header={"package": loaded.package})
 
@@ -169,44 +191,47 @@ class _Repository(ConfigRepository):
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         self.loads += 1
-        if self.loads > 500:
-            raise ConfigError(f"defaults: the files include one another without end (at '{config_path}').")
+        if self.loads > MAX_LOADS:
+            raise ValueError(f"the files include one another without end, at '{config_path}'")
         return super().load_config(config_path)
 
 
-def compose(primary: File, library: File) -> Composed:
+def compose(primary: File, library: File, *, preset: bool = False) -> Composed:
     """The file `primary` with everything its defaults list names, found beside it or in the folder `library`.
 
+    preset: whether the file is one itself.
     Raises ConfigError for files that are missing or not plain YAML, cycles, and a preset that carries a sweep.
     """
     files: dict[str, Loaded] = {PRIMARY: load_file(primary)}
-    folders = [_Folder(primary.resolve().parent, primary, files), _Folder(library, None, files)]
+    folders = [_Folder(primary.resolve().parent, primary.resolve(), files), _Folder(library, None, files)]
     hydra.version.setbase("1.3")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Hydra's advice about a missing _self_: ours comes last then, as one expects
+            # Hydra's advice about a missing _self_: the file itself comes last then, as one expects.
+            warnings.simplefilter("ignore")
             listed = create_defaults_list(_Repository(folders), PRIMARY, [], prepend_hydra=False, skip_missing=False)
     except ConfigError:
         raise
-    except (HydraException, ValueError, AssertionError, RecursionError) as error:
-        raise ConfigError(_defaults_sentence(error, primary, files[PRIMARY], folders)) from None
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
+        raise ConfigError(_defaults_sentence(error, files, folders)) from None
     composed = Composed({}, {}, primary.resolve().parent)
     for default in listed.defaults:
         if default.config_path is not None:
-            _add(composed, files[default.config_path], default.package or "", default.config_path == PRIMARY)
-    composed.tree = drop_nulls(composed.tree)
+            own = default.config_path == PRIMARY and not preset
+            _add(composed, files[default.config_path], default.package or "", own)
+    composed.tree = dict(drop_nulls(composed.tree))
     return composed
 
 
 def _add(composed: Composed, loaded: Loaded, package: str, primary: bool) -> None:
     tree = {k: v for k, v in loaded.tree.items() if k != "defaults"}
-    if not primary and "sweep" in tree and not package:
+    if not primary and "sweep" in tree:
         raise ConfigError(
             f"sweep: a preset may not carry a sweep ({loaded.places[('sweep',)]}). Move it to the file you run."
         )
-    prefix = tuple(package.split(".")) if package else ()
+    if not package:
+        tree = _plugins_from(tree, loaded)
+    prefix = tuple(filter(None, package.split(".")))  # './x' and '../x' give empty words
     for key in reversed(prefix):
         tree = {key: tree}
     if prefix and not primary:
@@ -215,17 +240,27 @@ def _add(composed: Composed, loaded: Loaded, package: str, primary: bool) -> Non
     composed.places.update({prefix + path: place for path, place in loaded.places.items()})
 
 
-def _defaults_sentence(error: BaseException, primary: File, loaded: Loaded, folders: Sequence[_Folder]) -> str:
+def _plugins_from(tree: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """The tree with its plugins' paths, which are relative to the file, made absolute."""
+    given = tree.get("plugins")
+    if not isinstance(given, list) or loaded.folder is None:
+        return tree
+    folder = loaded.folder
+    return {**tree, "plugins": [str(folder / name) if isinstance(name, str) else name for name in given]}
+
+
+def _defaults_sentence(error: BaseException, files: Mapping[str, Loaded], folders: Sequence[_Folder]) -> str:
     """Hydra's complaint about a defaults list as one sentence of ours."""
     text = " ".join(str(error).split())
-    place = loaded.places.get(("defaults",), shown(primary))
-    missing = re.search(r"[Cc]ould not (?:find|load) '([^']+)'", text)
+    inside = re.match(r"In '?(\w[\w./-]*)'?: ", text)
+    place = files[inside.group(1) if inside and inside.group(1) in files else PRIMARY].places.get(("defaults",))
+    missing = re.search(r"[Cc]ould not (?:find|load) '([^']*)'", text)
     if missing is None:
-        return f"defaults: {text} ({place})."
+        return f"defaults: {text[inside.end() if inside else 0 :].rstrip('.')} ({place})."
     known = set()
     for folder in folders:
         for file in (*File(folder.path).glob("*"), *File(folder.path).glob("*/*")):
-            if file.suffix in SUFFIXES:
+            if file.suffix in SUFFIXES and file != folder.primary:
                 known.add(str(file.relative_to(folder.path).with_suffix("")))
     return f"defaults: no file '{missing.group(1)}' ({place}). {nearest(missing.group(1), known)}"
 

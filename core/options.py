@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,15 @@ Catalogue = Mapping[str, Mapping[str, type]]
 @dataclass(frozen=True)
 class NoOptions:
     """The options of a variation that has none."""
+
+
+MISSING: Any = object()  # where nothing is, as null is a value
+EMPTY: Mapping[str, Any] = {}  # one object, so that what is read from it is read once
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value is one of the ways to write off: null, the word, or the boolean that YAML makes of it."""
+    return value is None or value is False or (isinstance(value, str) and value == "off")
 
 
 @dataclass(frozen=True)
@@ -154,10 +162,14 @@ class Reader:
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
         self.mistakes: list[Mistake] = []
-        self._seen: dict[tuple[int, type], tuple[Any, Any]] = {}
+        self._seen: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     def wrong(self, path: Path, text: str, advice: str = "") -> None:
         self.mistakes.append(Mistake(path, text, advice))
+
+    def known(self, cls: type, tree: Any) -> Any:
+        """What a section was read as, or None where it held mistakes or was not read."""
+        return self._seen.get((id(tree), cls), (None, None))[1]
 
     def read(self, cls: type, tree: Any, path: Path = ()) -> Any:
         """An instance of the dataclass `cls`, or None where `tree` holds mistakes (they are then in `mistakes`)."""
@@ -171,13 +183,14 @@ class Reader:
         names = fields_of(cls)
         for key in tree:
             if key not in names:
-                self.wrong((*path, str(key)), "unknown key", nearest(str(key), names))
+                dotted = f"Keys are nested, as in {key.replace('.', ': {', 1)}: ...}}. " if "." in key else ""
+                self.wrong((*path, key), "unknown key", dotted + nearest(key, names))
         values = {}
         for name, spec in names.items():
             if name in tree or "kind" in spec.metadata:
                 values[spec.name] = self._field(cls, spec, tree.get(name, spec.default), (*path, name))
             elif is_dataclass(hints(cls)[spec.name]):
-                values[spec.name] = self.read(typing.cast(type, hints(cls)[spec.name]), {}, (*path, name))
+                values[spec.name] = self.read(typing.cast(type, hints(cls)[spec.name]), EMPTY, (*path, name))
         if len(self.mistakes) > before:
             return None
         return self._construct(cls, values, path, tree)
@@ -214,37 +227,26 @@ class Reader:
 
     def variant(self, kind: str, value: Any, path: Path, default: Any = None) -> Variant | None:
         """Reads a name or a mapping into a Variant of `kind`; a mapping without `variant:` is about the default one."""
-        known, given = self.catalogue[kind], value
-        seen = self._seen.get((id(given), Variant))
-        if seen is not None:
-            return seen[1]
-        if isinstance(value, Variant):
-            value = {"variant": value.name}
-        elif isinstance(value, Mapping) and "variant" not in value and isinstance(default, Variant):
-            value = {"variant": default.name, **value}
-        if isinstance(value, bool) or value is None:
-            value = "none" if value in (False, None) and "none" in known else value
-        if isinstance(value, str):
-            value = {"variant": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("variant"), str):
-            if isinstance(value, Mapping) and "variant" not in value:
-                self.wrong(path, "a mapping here needs 'variant:'", nearest("", known))
-            else:
-                given = value.get("variant") if isinstance(value, Mapping) else value
-                self.wrong(
-                    path, f"{'null (off)' if given is None else repr(given)} is not possible here", nearest("", known)
-                )
+        known, ident = self.catalogue[kind], (id(value), kind, id(default))
+        if ident in self._seen:
+            return typing.cast(Variant, self._seen[ident][1])
+        node = value if isinstance(value, Mapping) else {"variant": value.name if isinstance(value, Variant) else value}
+        if "variant" not in node and isinstance(default, Variant):
+            node = {"variant": default.name, **node}
+        name = node.get("variant", MISSING)
+        name = "none" if is_off(name) and "none" in known else name
+        if not isinstance(name, str) or name not in known:
+            told = f"no variant '{name}'" if isinstance(name, str) else f"{name!r} is not possible here"
+            told = "null (off) is not possible here" if name is None else told
+            told = "a mapping here needs 'variant:'" if name is MISSING else told
+            self.wrong(path, told, nearest(name if isinstance(name, str) else "", known))
             return None
-        name = value["variant"]
-        if name not in known:
-            self.wrong(path, f"no variant '{name}'", nearest(name, known))
-            return None
-        rest = {k: v for k, v in value.items() if k != "variant"}
-        options = self.read(options_of(known[name]), rest, path)
+        rest = {k: v for k, v in node.items() if k != "variant"}
+        options = self.read(options_of(known[name]), rest or EMPTY, path)
         if options is None:
             return None
         made = Variant(name, options)
-        self._seen[(id(given), Variant)] = (given, made)
+        self._seen[ident] = ((value, default), made)  # both are kept, so their ids stay their own
         return made
 
     def value(self, tp: Any, value: Any, path: Path) -> Any:
@@ -272,7 +274,8 @@ class Reader:
         return None
 
     def _union(self, tp: Any, args: tuple[Any, ...], value: Any, path: Path) -> Any:
-        if value is None and type(None) in args:
+        nullable = type(None) in args
+        if value is None and nullable:
             return None
         for arm in args:
             if (
@@ -290,27 +293,34 @@ class Reader:
             if isinstance(arm, type) and is_dataclass(arm) and isinstance(value, Mapping):
                 self.mistakes += trial.mistakes
                 return None
+        if nullable and is_off(value):
+            return None  # null by its other names
         self._refuse(tp, value, path)
         return None
 
     def _refuse(self, tp: Any, value: Any, path: Path) -> None:
         if value is None:
             self.wrong(path, "null (off) is not possible here", f"It takes {describe(tp)}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            self.wrong(path, f"{value!r} is not a finite number")
+        elif isinstance(value, (int, float)) and not abs(value) < LARGEST:
+            self.wrong(path, f"{value!r:.40} is not a finite number")
         else:
-            self.wrong(path, f"{value!r} is not {describe(tp)}")
+            whole = isinstance(value, float) and value.is_integer() and "integer" in describe(tp)
+            quotes = "Put it in quotes." if tp is str and isinstance(value, (int, float)) else ""
+            self.wrong(path, f"{value!r} is not {describe(tp)}", f"Write {value:.0f}." if whole else quotes)
 
 
 def _holds(number: float, sign: str, bound: float) -> bool:
     return {">=": number >= bound, ">": number > bound, "<=": number <= bound, "<": number < bound}[sign]
 
 
+LARGEST = 1e300  # what no option needs, and what integers can exceed
+
+
 def _is(value: Any, tp: type, exact: bool = False) -> bool:
     """Whether a YAML scalar is of a type: true is no number, an integer is a float (unless `exact`), nan and inf are nothing."""
     if isinstance(value, bool):
         return tp is bool
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not abs(value) < LARGEST:
         return False
     if tp is float and not exact:
         return isinstance(value, (int, float))

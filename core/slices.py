@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -32,7 +33,7 @@ class Layout:
     """Named parts along dimension `dim` (counted from the right), repeated `groups` times, under labelled leading stack axes.
 
     parts: (name, rows per group) in their order; empty means one nameless part. stack: the labels of each leading axis.
-    Raises ValueError for sizes below 1, repeated names, a dimension that is not negative.
+    Raises ValueError for sizes below 1, names that repeat or that an address could not spell, a dimension that is not negative.
     """
 
     parts: tuple[tuple[str, int], ...] = ()
@@ -45,6 +46,11 @@ class Layout:
         labels = [*names, *itertools.chain(*self.stack)]
         for label in {x for x in labels if labels.count(x) > 1}:
             raise ValueError(f"the name '{label}' stands twice in one layout")
+        for label in labels:
+            if not re.fullmatch(r"\w+", label):
+                raise ValueError(f"the name {label!r} in a layout is not made of letters, digits and '_'")
+        if not all(self.stack):
+            raise ValueError(f"a stack axis of a layout has no labels: {self.stack}")
         for name, size in self.parts:
             if size < 1:
                 raise ValueError(f"part '{name}' has {size} rows; it needs at least 1")
@@ -58,6 +64,8 @@ class Layout:
 
     def check(self, shape: Sequence[int]) -> None:
         """Raises ValueError where the layout does not cover `shape` exactly."""
+        if any(size < 1 for size in shape):
+            raise ValueError(f"a weight of shape {tuple(shape)} has no elements")
         axes = tuple(len(labels) for labels in self.stack)
         if tuple(shape[: len(axes)]) != axes or len(shape) - len(axes) < -self.dim:
             raise ValueError(f"stack axes {axes} and dimension {self.dim} do not fit the shape {tuple(shape)}")
@@ -99,13 +107,18 @@ class Layout:
         return {x: self.view(tensor, x).reshape(self.shape(tensor.shape, x)) for x in self.labels()}
 
     def join(self, slices: dict[Labels, Tensor]) -> Tensor:
-        """The inverse of `split`."""
+        """The inverse of `split`. Raises ValueError for slices that are missing, left over or of another shape."""
+        if set(slices) != set(self.labels()):
+            raise ValueError(f"{sorted(slices)} are not the slices of this layout, which are {sorted(self.labels())}")
         first = next(iter(slices.values()))
         inner = list(first.shape)
         if self.parts:
             inner[self.dim] = self.groups * self.span
         whole = first.new_empty((*(len(axis) for axis in self.stack), *inner))
         for x, values in slices.items():
+            if values.shape != self.shape(whole.shape, x):
+                told = f"slice '{'.'.join(x)}' is {list(values.shape)}, not {list(self.shape(whole.shape, x))}"
+                raise ValueError(f"{told}: it does not fit beside the others")
             view = self.view(whole, x)
             view.copy_(values.reshape(view.shape))
         return whole
@@ -198,8 +211,9 @@ def generator_for(seed: int, address: str) -> torch.Generator:
 
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Gives every parameter memory on `device`, values undefined; tied ones stay tied. Buffers move."""
+    """Gives every parameter memory on `device`, values undefined. Buffers move. What is shared stays shared."""
     made: dict[int, nn.Parameter] = {}
+    moved: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -210,7 +224,7 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
 
 
 @torch.no_grad()
@@ -243,17 +257,23 @@ class Pattern:
                 raise ValueError(
                     f"the pattern '{self.text}' has a bracket that does not open and close once, at its end"
                 )
-            path, bracket = found.group(1), [item.strip() for item in found.group(2).split(",")]
-            if not all(bracket):
+            path = found.group(1)  # in a bracket, dots separate labels except within {0..5}
+            bracket = [re.split(r"\.(?![^{}]*\})", item.strip()) for item in found.group(2).split(",")]
+            if not all(label for item in bracket for label in item):
                 raise ValueError(f"the pattern '{self.text}' lists a part without a name")
         if not path:
             raise ValueError(f"the pattern '{self.text}' names no place")
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "_path", _regex(path, self.text))
-        items = None if bracket is None else [[_regex(x, self.text) for x in item.split(".")] for item in bracket]
+        items = None if bracket is None else [[_regex(x, self.text) for x in item] for item in bracket]
         object.__setattr__(self, "_items", items)
 
     path: str = ""
+
+    @property
+    def about_parts(self) -> bool:
+        """Whether it has a bracket."""
+        return self._items is not None  # type: ignore[attr-defined]
 
     def matches_module(self, path: str) -> bool:
         """Whether a module's path is meant."""
@@ -272,6 +292,12 @@ class Pattern:
         return items is None or any(_subsequence(item, labels) for item in items)
 
 
+@lru_cache(maxsize=4096)
+def pattern(text: str) -> Pattern:
+    """`Pattern(text)`, compiled once."""
+    return Pattern(text)
+
+
 def _subsequence(wanted: Sequence[re.Pattern[str]], labels: Labels) -> bool:
     rest: Iterator[str] = iter(labels)
     return all(any(pattern.fullmatch(label) for label in rest) for pattern in wanted)
@@ -281,9 +307,9 @@ def _regex(text: str, whole: str) -> re.Pattern[str]:
     if text.count("{") != text.count("}"):
         raise ValueError(f"the pattern '{whole}' has a brace that does not close")
     made = ""
-    for token in re.findall(r"\{[^{}]*\}|\.\*\*\.|\*\*|\*|[^{}*]|[{}]", text):
-        if token == ".**.":
-            made += r"\.(?:.*\.)?"
+    for token in re.findall(r"\{[^{}]*\}|(?:^|(?<=\.))\*\*\.|\*\*|\*|[^{}*]|[{}]", text):
+        if token == "**.":  # whole segments, also none
+            made += r"(?:.*\.)?"
         elif token in ("**", "*"):
             made += ".*" if token == "**" else r"[^.]*"
         elif token[0] in "{}":
@@ -302,4 +328,4 @@ def _numbers(token: str, whole: str) -> str:
 
 def select(patterns: Iterable[str], excepted: Iterable[str], test: Callable[[Pattern], bool]) -> bool:
     """Whether any of `patterns` passes `test` and none of `excepted` does."""
-    return any(test(Pattern(p)) for p in patterns) and not any(test(Pattern(p)) for p in excepted)
+    return any(test(pattern(p)) for p in patterns) and not any(test(pattern(p)) for p in excepted)

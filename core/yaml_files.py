@@ -14,11 +14,14 @@ from typing import Any
 
 import yaml
 
-from core.options import Path
+from core.options import Path, nearest
 
+SUFFIXES = (".yaml", ".yml", ".json")
 MAX_NODES = 200_000  # aliases expand: a kilobyte of nested anchors can mean billions of values
-MAX_BYTES = 4_000_000
+MAX_BYTES = 1_000_000
 MAX_DEPTH = 60
+_TAG = "tag:yaml.org,2002:"
+SCALARS = tuple(_TAG + name for name in ("str", "int", "float", "bool", "null"))
 
 
 class ConfigError(ValueError):
@@ -31,11 +34,12 @@ class ConfigError(ValueError):
 
 @dataclass
 class Loaded:
-    """A file's tree; `places` gives 'file:line' of every key path; `package` is Hydra's header, if any."""
+    """A file's tree; `places` gives 'file:line' of every key and list item; `package` is Hydra's header, if any."""
 
     tree: dict[str, Any]
     places: dict[Path, str]
     package: str | None = None
+    folder: File | None = None  # where the file lies
 
 
 class _Scalars(yaml.SafeLoader):
@@ -43,15 +47,11 @@ class _Scalars(yaml.SafeLoader):
 
 
 _Scalars.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in pairs
-        if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in (f"{_TAG}timestamp", f"{_TAG}float")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Scalars.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    f"{_TAG}float",
     re.compile(
         r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
         |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
@@ -90,23 +90,36 @@ class _Builder:
         if self.nodes > MAX_NODES:
             raise self.fail(node, f"the file's aliases expand to more than {MAX_NODES:,} values")
         if id(node) in self.open:
-            raise self.fail(node, f"{'.'.join(path)}: an alias refers to a node that contains it")
+            raise self.fail(node, f"{'.'.join(path)}: an alias refers to a value that contains it")
         if len(self.open) > MAX_DEPTH:
             raise self.fail(node, f"nested deeper than {MAX_DEPTH} levels")
         self.open.append(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
+                self.plain(node, f"{_TAG}map")
                 return self.mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
-                self.places.setdefault(path, self.place(node))
-                return [self.build(item, (*path, str(i))) for i, item in enumerate(node.value)]
+                self.plain(node, f"{_TAG}seq")
+                return self.sequence(node, path)
             return self.scalar(node)
         finally:
             self.open.pop()
 
+    def plain(self, node: yaml.Node, *tags: str) -> None:
+        if node.tag not in tags:
+            tag = node.tag.replace(_TAG, "!!")
+            raise self.fail(node, f"the tag '{tag}' is not allowed: a configuration holds plain values")
+
+    def sequence(self, node: yaml.SequenceNode, path: Path) -> list[Any]:
+        made = []
+        for i, item in enumerate(node.value):
+            below = (*path, str(i))
+            self.places[below] = self.place(item)
+            made.append(self.build(item, below))
+        return made
+
     def scalar(self, node: yaml.Node) -> Any:
-        if node.tag.startswith("!") or "python" in node.tag:
-            raise self.fail(node, f"the tag '{node.tag}' is not allowed: a configuration holds plain values")
+        self.plain(node, *SCALARS)
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
@@ -116,12 +129,13 @@ class _Builder:
         made: dict[str, Any] = {}
         lines: dict[str, str] = {}
         for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
+            if key.tag == f"{_TAG}merge":
                 for extra in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     merged = self.build(extra, path)
                     if not isinstance(merged, dict):
                         raise self.fail(extra, "'<<' merges mappings only")
                     made = {**merged, **made}
+                self.places.update({(*path, name): place for name, place in lines.items()})
                 continue
             if not isinstance(key, yaml.ScalarNode):
                 raise self.fail(key, "a key must be a word or a number")
@@ -138,35 +152,56 @@ def load_text(text: str, name: str) -> Loaded:
     """Parses YAML text. `name` is the file's name in messages. Raises ConfigError, with line, for what is not plain YAML."""
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name} is larger than {MAX_BYTES:,} bytes.")
-    loader = _Scalars(text)
     try:
+        loader = _Scalars(text)
         root = loader.get_single_node()
         builder = _Builder(name, loader)
-        tree = {} if root is None else builder.build(root, ())
+        tree = None if root is None else builder.build(root, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(
-            f"{error.problem or error} ({name}:{mark.line + 1 if mark else 1}). This is not valid YAML."
-        ) from None
+        words = [error.context] if error.context and (error.problem or "but").startswith("but") else []
+        told = " ".join([*words, error.problem or ""]) or str(error)
+        raise ConfigError(f"{told} ({name}:{mark.line + 1 if mark else 1}). This is not valid YAML.") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{name}:1: a configuration is a mapping of keys, not {type(tree).__name__}.")
-    header = re.match(r"(?:\s*#[^\n]*\n|\s*\n)*?\s*#\s*@package\s+(\S+)", text)
-    return Loaded(tree, builder.places, header.group(1) if header else None)
+        told = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(f"{name} is not valid YAML: {told}.") from None
+    if not isinstance(tree, dict) and tree is not None:
+        kind = "a list" if isinstance(tree, list) else f"{tree!r:.60}"
+        raise ConfigError(f"{name}:1: a configuration is a mapping of keys, not {kind}.")
+    return Loaded(tree or {}, builder.places, _package(text))
+
+
+def _package(text: str) -> str | None:
+    """What Hydra's header says: a comment '# @package NAME' before the first key."""
+    for line in text.splitlines():
+        words = line.strip().lstrip("\ufeff").split()
+        if words and not words[0].startswith("#"):
+            return None
+        found = re.match(r"#\s*@package\s+(\S+)", " ".join(words))
+        if found:
+            return found.group(1)
+    return None
 
 
 def load_file(path: File) -> Loaded:
     """Parses a file. Raises ConfigError where it does not exist, is not text, or is not plain YAML."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8") if len(raw) <= MAX_BYTES else " " * len(raw)
+    except FileNotFoundError:
+        beside = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES]
+        advice = nearest(path.name, beside) if beside else ""
+        raise ConfigError(f"{shown(path)}: there is no such file. {advice}".rstrip()) from None
     except OSError as error:
         raise ConfigError(f"{shown(path)} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{shown(path)} is not text (UTF-8).") from None
-    return load_text(text, shown(path))
+    if path.suffix == ".json":
+        text = text.replace("\t", " ")  # JSON indents with tabs too and cannot hold one in a text; YAML refuses them
+    loaded = load_text(text, shown(path))
+    loaded.folder = path.resolve().parent
+    return loaded
 
 
 def dump(tree: Any) -> str:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 KEPT = 2
+PARTS = ("model", "optimizer")
+WRITING = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Fills the model. Raises ValueError that lists what is missing, left over, or of another shape."""
-    own = weights(model)
+def compare(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError that lists what is missing, left over, or of another shape."""
     wrong = [f"missing {n}" for n in own if n not in saved] + [f"left over {n}" for n in saved if n not in own]
     wrong += [
         f"{n} is {list(saved[n].shape)}, not {list(t.shape)}"
@@ -55,7 +57,14 @@ def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
         if n in saved and saved[n].shape != t.shape
     ]
     if wrong:
-        raise ValueError(f"the saved weights are of another model: {'; '.join(wrong[:8])}")
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"the saved {what} of another model: {'; '.join(wrong[:8])}{more}")
+
+
+def load_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Fills the model. Raises ValueError that lists what is missing, left over, or of another shape."""
+    own = weights(model)
+    compare(own, saved, "weights are")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
@@ -64,37 +73,52 @@ def load_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
 def save(
     root: Path, iteration: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
-    """Writes root/<iteration>/ beside the others, then renames it into place and drops the oldest."""
+    """Writes root/<iteration>/ beside the others, then renames it into place; drops older ones, what a killed process left
+    half written, and later iterations, which belong to a past that was left."""
     root.mkdir(parents=True, exist_ok=True)
-    part = root / f".writing-{iteration}-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
+    for left in root.glob(f"{WRITING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    part = root / f"{WRITING}{iteration}"
     part.mkdir()
-    for name, tensors in (("model", model), ("optimizer", optimizer)):
+    for name, tensors in zip(PARTS, (model, optimizer), strict=True):
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
-    (part / "state.json").write_text(json.dumps(state))
-    for file in part.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    (part / "state.json").write_text(json.dumps(state, allow_nan=False))
+    for written in (*part.iterdir(), part):
+        _sync(written)
     final = root / f"{iteration:08d}"
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)
-    for old in _saved(root)[:-KEPT]:
+    _sync(root)
+    valid = [folder for folder in _saved(root) if int(folder.name) <= iteration]
+    for old in {*_saved(root)} - {*valid[-KEPT:]}:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _sync(path: Path) -> None:
+    """Waits until the file, or the folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _saved(root: Path) -> list[Path]:
-    return sorted(p for p in root.glob("[0-9]*") if p.is_dir())
+    found = [p for p in root.glob("[0-9]*") if p.name.isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None."""
+    """The newest checkpoint that is whole, or None. Its tensors are read when they are asked for."""
     for folder in reversed(_saved(root)):
         try:
             state = json.loads((folder / "state.json").read_text())
-            checkpoint = Checkpoint(folder, state)
-            checkpoint.model(), checkpoint.optimizer()
+            for name in PARTS:
+                with safe_open(folder / f"{name}.safetensors", "pt"):  # checks the header against the file's length
+                    pass
         except (OSError, ValueError, SafetensorError):
             continue
-        return checkpoint
+        if isinstance(state, dict) and isinstance(state.get("iter"), int):
+            return Checkpoint(folder, state)
     return None

@@ -12,20 +12,41 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
+
+from core.yaml_files import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GROWTH = 2000  # steps; as torch's GradScaler
+LARGEST_SCALE = 2.0**24
 
 
-def pick(wanted: str) -> torch.device:
-    """The torch device of a word of the configuration. Raises ValueError for a CUDA device that is not there."""
-    if wanted == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"train.device: '{wanted}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices"
-        )
+def pick(wanted: str, dtype: str = "float32") -> torch.device:
+    """The torch device of a word of the configuration, with its index.
+
+    Raises ConfigError for a CUDA device that is not there, and for a dtype that the device cannot train in.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda" if count else "cpu") if wanted == "auto" else torch.device(wanted)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= count:
+            raise ConfigError(f"The device '{wanted}' is not on this machine, which has {count} CUDA devices.")
+    if device.type == "cpu" and dtype == "float16":
+        raise ConfigError("train.dtype: float16 needs a CUDA device, and this run is on the CPU. Use bfloat16.")
     return device
+
+
+def claim(device: torch.device) -> None:
+    """Makes a CUDA device the process's current one, so that nothing lands on another, and counts its peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; from pinned memory to a GPU, so that the copy runs beside what is queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
@@ -35,10 +56,29 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, dtype={"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 
 
+def first_scale(dtype: str) -> float:
+    """What the loss is multiplied by at first: float16 gradients would underflow otherwise."""
+    return 2.0**16 if dtype == "float16" else 1.0
+
+
+def next_scale(scale: float, fitting: int, finite: bool) -> tuple[float, int]:
+    """The loss's scale after a step, and how many steps in a row have fitted: halved where the gradient overflowed, doubled
+    after GROWTH steps that fitted."""
+    if not finite:
+        return max(scale / 2, 1.0), 0
+    if fitting + 1 >= GROWTH:
+        return min(scale * 2, LARGEST_SCALE), 0
+    return scale, fitting + 1
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most allocated on a CUDA device, or the process's largest resident set."""
+    """Bytes: the most allocated on a CUDA device since `claim`, or the process's largest resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts the parent's peak into ru_maxrss when a process begins; its own is in VmHWM.
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else rss * 1024
 
@@ -59,14 +99,18 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, whether tracked files differ from it, versions and the device's name."""
+def provenance(device: torch.device | None) -> dict[str, Any]:
+    """Commit, whether tracked files differ from it, versions, the device's name (null: none was reached) and CPU threads."""
     status = _git("status", "--porcelain", "--untracked-files=no")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    shown = None
+    if device is not None:
+        cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+        shown = f"{device}: {name}"
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
-        "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
+        "device": shown,
+        "threads": None if device is None else torch.get_num_threads(),
     }

@@ -14,15 +14,17 @@ from torch import Tensor
 
 import variations
 from core.slices import declared
+from core.yaml_files import ConfigError
 from engine import checkpoint
 from engine.data import Batches, Corpus, gather, windows
-from engine.device import autocast, peak_memory, synchronise
+from engine.device import autocast, claim, first_scale, move, next_scale, peak_memory, synchronise
 from engine.optim import Optimizers
 from model import GPT, build
 from train_args import Config
 from variations.dropout import set_step
 
 EVAL_SEED = 20240229  # the same windows for every run, so that losses compare
+SEEDS = 2**63  # torch's generators take seeds below it
 
 
 class Stopped(Exception):
@@ -40,12 +42,15 @@ class State:
     """Where a run is: everything in a checkpoint beside tensors."""
 
     iter: int = 0
+    steps: int = 0  # of the optimizer: float16 leaves some out
+    threads: int = 0  # sums of several threads have other last bits, so a run keeps its number
     train_seconds: float = 0.0  # in updates
     seconds: float = 0.0  # evaluations included
     train_loss: float | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
     grad_scale: float = 1.0
+    fitting: int = 0  # steps in a row that did not overflow
     pending: list[float] = field(default_factory=list)  # losses since the last record
     evaluated: int = -1  # the iteration of the last evaluation
 
@@ -58,6 +63,7 @@ class Run:
 
     def __init__(self, config: Config, corpus: Corpus, folder: Path, device: torch.device) -> None:
         torch.set_float32_matmul_precision(config.train.matmul_precision)
+        claim(device)
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         init_seed, data_seed = config.seeds
         self.plain: GPT = build(config.model, init_seed, device)
@@ -68,17 +74,28 @@ class Run:
         )
         size = {"batch_size": config.train.batch_size, "block_size": config.model.block_size}
         self.batches = Batches(corpus.train, **size, seed=data_seed)
-        self.state = State(grad_scale=2.0**16 if config.train.dtype == "float16" else 1.0)
+        self.state = State(threads=torch.get_num_threads(), grad_scale=first_scale(config.train.dtype))
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | None = None
         self.resume()
 
     def resume(self) -> None:
+        """Continues from the newest checkpoint, if there is one. Raises ConfigError where it is of another model."""
         saved = checkpoint.latest(self.folder / "checkpoint")
-        if saved is not None:
-            checkpoint.load_weights(self.plain, saved.model())
+        if saved is None:
+            return
+        try:
             self.state = State(**saved.state)
-            self.optimizers.load(saved.optimizer(), self.state.iter)
+            checkpoint.load_weights(self.plain, saved.model())
+            moments = saved.optimizer()
+            checkpoint.compare(self.optimizers.state(), moments, "optimizer state is")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{saved.folder}: {error}. Remove {saved.folder.parent} to start the run anew."
+            ) from error
+        self.optimizers.load(moments, self.state.steps)
+        if self.device.type == "cpu" and self.state.threads:
+            torch.set_num_threads(self.state.threads)
 
     def save(self) -> None:
         checkpoint.save(
@@ -98,10 +115,12 @@ class Run:
         total: Tensor | None = None
         for j in range(train.gradient_accumulation_steps):
             micro = i * train.gradient_accumulation_steps + j
-            torch.manual_seed(train.seed * 1_000_003 + micro)  # for variations that draw from torch's own generator
+            torch.manual_seed(
+                (train.seed * 1_000_003 + micro) % SEEDS
+            )  # for variations that draw from torch's generator
             if self.config.model.dropout:
                 set_step(self.plain, train.seed, micro)
-            x, y = (t.to(self.device, non_blocking=True) for t in self.batches(micro))
+            x, y = (move(t, self.device) for t in self.batches(micro))
             with autocast(self.device, train.dtype):
                 _, loss = self.model(x, y)
             loss = loss / train.gradient_accumulation_steps if train.gradient_accumulation_steps > 1 else loss
@@ -111,20 +130,21 @@ class Run:
         self.losses.append(total)
         if self.clip():
             self.optimizers.step(self.schedule.multiplier(i))
+            self.state.steps += 1
         self.state.iter += 1
 
     @torch.no_grad()
     def clip(self) -> bool:
         """Unscales and clips the gradient; False where a float16 overflow means that this step is left out."""
-        gradients, limit, scale = self.optimizers.gradients(), self.config.train.grad_clip, self.state.grad_scale
+        gradients, limit, state = self.optimizers.gradients(), self.config.train.grad_clip, self.state
+        scale = state.grad_scale
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1 / scale)
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if scale != 1.0 or self.config.train.dtype == "float16":
+        if self.config.train.dtype == "float16":
             finite = math.isfinite(self.grad_norm.item())
-            grown = (self.state.iter + 1) % 2000 == 0
-            self.state.grad_scale = max(1.0, scale / 2) if not finite else min(2.0**24, scale * 2) if grown else scale
-            if not finite:
+            state.grad_scale, state.fitting = next_scale(scale, state.fitting, finite)
+            if not finite and scale > 1.0:  # with nothing left to halve, the step is made and the run seen to diverge
                 return False
         if limit is not None:
             torch._foreach_mul_(gradients, (limit / (self.grad_norm + 1e-6)).clamp(max=1.0))
@@ -132,15 +152,14 @@ class Run:
 
     def flush(self) -> int | None:
         """Moves losses from the device to the state; the iteration of the first that is not finite, if any."""
-        if self.losses:
-            values = torch.stack(self.losses).tolist()
-            first = self.state.iter - len(values)
-            self.losses = []
-            self.state.pending += values
-            self.state.train_loss = values[-1]
-            for i, value in enumerate(values):
-                if not math.isfinite(value):
-                    return first + i + 1
+        values = torch.stack(self.losses).tolist() if self.losses else []
+        first, self.losses = self.state.iter - len(values) + 1, []
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                self.state.train_loss = None
+                return first + i
+            self.state.pending.append(value)
+            self.state.train_loss = value
         return None
 
     # Evaluation -------------------------------------------------------------------------------------------------------------
@@ -151,11 +170,12 @@ class Run:
         train, block = self.config.train, self.config.model.block_size
         count = None if iters == "full" else int(iters) * train.eval_batch_size
         starts = windows(self.corpus.val, block_size=block, count=count, seed=EVAL_SEED)
+        torch.manual_seed(EVAL_SEED)  # for variations that draw
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(starts), train.eval_batch_size):
             chosen = starts[first : first + train.eval_batch_size]
-            x, y = (t.to(self.device) for t in gather(self.corpus.val, chosen, block))
+            x, y = (move(t, self.device) for t in gather(self.corpus.val, chosen, block))
             with autocast(self.device, train.dtype):
                 _, loss = self.model(x, y)
             total += loss.double() * len(chosen)
@@ -170,12 +190,14 @@ class Run:
         every = train.checkpoint_interval or train.eval_interval
         self.model.train()
         for due in self.iterations(total):
-            started, stopping = time.perf_counter(), stop()
+            started = time.perf_counter()
             if due:
                 self.update()
+            stopping = stop()
             bad = self.tell(tracker, started, due, stopping)
             if bad is not None:
                 state.iter, state.val_loss = bad, None
+                tracker.log({"kind": "train", **self.position(), "train_loss": None})
                 return "diverged"
             if state.iter % train.eval_interval == 0 or state.iter == total:
                 if not self.measure(tracker, final=state.iter == total):

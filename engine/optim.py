@@ -52,8 +52,7 @@ def table(model: nn.Module, optimizer: Variant) -> list[Row]:
 
 def _row(part: Slice, optimizer: Variant) -> Row:
     rules, what = [], part.declaration
-    roles = OPTIMIZERS[optimizer.name].roles  # type: ignore[attr-defined]
-    if roles is not None and what.role not in roles:
+    while what.role not in (OPTIMIZERS[optimizer.name].roles or (what.role,)):  # type: ignore[attr-defined]
         optimizer = optimizer.options.rest
         rules.append("default.rest")
     decay: float = optimizer.options.weight_decay
@@ -84,6 +83,7 @@ class Optimizers:
             groups = nodes.setdefault(row.node, {})
             key = (row.learning_rate, row.weight_decay)
             group = groups.setdefault(key, Group([], [], *key))
+            group.layouts.append(row.slice.declaration.layout)
             group.names.append(name)
             group.params.append(parameters[name])
         self.members: list[Optimizer] = [OPTIMIZERS[n.name](n.options, list(g.values())) for n, g in nodes.items()]

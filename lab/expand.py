@@ -8,19 +8,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from core.compose import drop_nulls, get, merge, put
-from core.options import Mistake, Path
-from lab.axes import Axis, Choice, Key, same
-from lab.sweep import Case, Match, Sweep
-from train_args import Config, ConfigReader
+from core.compose import drop_nulls, get, merge, names_variant, put
+from core.options import MISSING, Mistake, Path
+from core.references import resolve
+from lab.axes import Axis, Choice, Key, is_form, same
+from lab.reading import ConfigReader
+from lab.sweep import SEED, Case, Match, Sweep
+from train_args import Config
+
+Default = Callable[[Any, Path], Any]  # what a key holds where a tree does not set it, or MISSING
 
 
 @dataclass(frozen=True)
 class Run:
     """One run of a sweep. `changed` is what the sweep set, by key (labels where there are labels); `cell` is the run without its
-    seed, in words."""
+    seed, in words; runs have one cell exactly where they have one `cell_hash`."""
 
     hash: str
     cell_hash: str
@@ -33,88 +38,236 @@ class Run:
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a file stands for. `excluded` and `duplicates` count cells."""
+    """What a file stands for. `excluded` counts cells of which no run is left, `duplicates` those that resolve to runs listed
+    before. `short` gives the short name of each swept key."""
 
     runs: tuple[Run, ...]
     cells: int
     excluded: int
     duplicates: int
-    swept: tuple[str, ...]
+    short: Mapping[str, str]
     sweep: Sweep
+
+
+def expand(
+    tree: Mapping[str, Any], sweep: Sweep, pins: Mapping[Key, Any], reader: ConfigReader, default: Default
+) -> tuple[Expansion, list[Mistake]]:
+    """Every run of a sweep over `tree`, and every mistake. `default(tree, path)` is a key's value where no file sets it."""
+    work = _Expander(sweep, reader, default)
+    for name, case in (sweep.cases or {"": Case()}).items():
+        for point in work.points(name, case, tree, pins):
+            work.read(point)
+    expansion = Expansion(
+        tuple(work.runs.values()),
+        len(work.names),
+        sum(not kept for kept in work.kept.values()),
+        sum(kept and not work.fresh[ident] for ident, kept in work.kept.items()),
+        work.short,
+        sweep,
+    )
+    return expansion, [*work.mistakes.values(), *work.unused()]
+
+
+# Trees ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Trees:
+    """Makes trees that share every section in which the same values are set, so that each is read once.
+
+    `fixed`: what holds in all of them, also inside a node that an axis replaces.
+    """
+
+    def __init__(self, base: Mapping[str, Any], fixed: Mapping[Key, Any]) -> None:
+        self.fixed, self.base = fixed, drop_nulls(_set(base, fixed))
+        self.sections: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+    def of(self, sets: Mapping[Key, Any]) -> Mapping[str, Any]:
+        by_head: dict[str, dict[Key, Any]] = {}
+        for key, value in sets.items():
+            by_head.setdefault(key.partition(".")[0], {})[key] = value
+        made = dict(self.base)
+        for head, some in by_head.items():
+            ident = (head, *((key, id(value)) for key, value in some.items()))
+            if ident not in self.sections:
+                self.sections[ident] = (self._section(head, some), list(some.values()))  # kept, so ids stay their own
+            made[head] = self.sections[ident][0]
+        return made
+
+    def _section(self, head: str, some: Mapping[Key, Any]) -> Any:
+        again = {k: v for k, v in self.fixed.items() if any(k.startswith(f"{key}.") for key in some)}
+        base = {head: self.base[head]} if head in self.base else {}
+        return drop_nulls(_set(base, {**some, **again}))[head]
+
+
+def _set(tree: Mapping[str, Any], sets: Mapping[Key, Any]) -> Mapping[str, Any]:
+    """The tree with values set, a node before what is inside it."""
+    for key in sorted(sets, key=lambda k: k.count(".")):
+        tree = put(tree, tuple(key.split(".")), sets[key])
+    return tree
+
+
+@cache
+def _following(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))
 
 
 @dataclass(frozen=True)
 class _Point:
-    tree: Mapping[str, Any]
-    labels: dict[str, Any]
-    places: dict[Key, Path]
+    """One combination of choices: what they set, what names call it, where each key was written. `ident` is the same for points
+    that differ in their seed alone."""
+
+    trees: _Trees
+    sets: Mapping[Key, Any]
+    labels: Mapping[str, Any]
+    places: Mapping[Key, Path]
+    ident: tuple[Any, ...]
+
+    def take(self, row: Sequence[Choice]) -> _Point:
+        sets, labels, places = dict(self.sets), dict(self.labels), dict(self.places)
+        for choice in row:
+            sets.update(choice.sets)
+            labels.update(choice.labels)
+            places.update(choice.places)
+        ident = (*self.ident, *(id(choice) for choice in row if set(choice.sets) != {SEED}))
+        return _Point(self.trees, sets, labels, places, ident)
+
+    def tree(self, seed: int | None = None) -> Mapping[str, Any]:
+        return self.trees.of(self.sets if seed is None else {**self.sets, SEED: seed})
 
 
-def expand(
-    tree: Mapping[str, Any],
-    sweep: Sweep,
-    pins: Mapping[Key, Any],
-    reader: ConfigReader,
-    default: Callable[[Any, Path], Any],
-) -> tuple[Expansion, list[Mistake]]:
-    """Every run of a sweep over `tree`. `default(tree, path)` is a key's value where no file sets it."""
-    mistakes: dict[tuple[Path, str], Mistake] = {}
-    runs: dict[str, Run] = {}
-    seen_cells: dict[str, None] = {}
-    excluded = duplicates = 0
-    used: set[int] = set()
-    for point in _points(tree, sweep, pins, default):
-        hits = [i for i, match in enumerate(sweep.exclude) if _matched(point, match, default)]
-        used.update(hits)
-        if hits:
-            excluded += 1
-            continue
-        baseline = sweep.baseline is not None and _matched(point, sweep.baseline, default)
-        fresh = False
-        for seeded in _seeded(point, sweep.seeds, default):
-            config, wrong = reader.read(seeded)
-            for mistake in wrong:
-                mistakes.setdefault((mistake.path, mistake.text), _at_axis(mistake, point))
-            if config is None:
-                fresh = True
-                break
-            run_hash, cell_hash = reader.identity(config)
-            fresh = fresh or run_hash not in runs
-            seen_cells.setdefault(cell_hash)
-            cell = _words(point.labels)
-            runs.setdefault(run_hash, Run(run_hash, cell_hash, cell, config.train.seed, point.labels, config, baseline))
-        duplicates += not fresh
-    found = list(mistakes.values())
-    for i in range(len(sweep.exclude)):
-        if i not in used:
-            found.append(Mistake(("sweep", "exclude", str(i)), "matches no run", _match_advice(sweep)))
-    if sweep.baseline is not None and not found and not any(run.baseline for run in runs.values()):
-        found.append(Mistake(("sweep", "baseline"), "matches no run", _match_advice(sweep)))
-    swept = dict.fromkeys(label for run in runs.values() for label in run.changed)
-    return Expansion(tuple(runs.values()), len(seen_cells), excluded, duplicates, tuple(swept), sweep), found
+# Expansion ------------------------------------------------------------------------------------------------------------------
 
 
-def _points(
-    tree: Mapping[str, Any], sweep: Sweep, pins: Mapping[Key, Any], default: Callable[[Any, Path], Any]
-) -> Iterator[_Point]:
-    for name, case in (sweep.cases or {"": Case()}).items():
-        base = dict(tree)
+class _Expander:
+    """Reads points one after another. `kept` and `fresh` say of each cell whether a run is left, and whether one was new."""
+
+    def __init__(self, sweep: Sweep, reader: ConfigReader, default: Default) -> None:
+        self.sweep, self.reader, self.default = sweep, reader, default
+        every = [*sweep.axes, *(axis for case in sweep.cases.values() for axis in case.axes)]
+        self.short = short_names(list(dict.fromkeys(x for a in every for c in a.choices for x in c.labels)))
+        self.conditions = {axis.path: axis for axis in every if axis.when}
+        self.matches = {("exclude", i): match for i, match in enumerate(sweep.exclude)}
+        self.matches |= {("baseline", i): match for i, match in enumerate(sweep.baseline)}
+        self.used: set[Any] = set()  # matches that held, paths of conditional axes that were taken
+        self.mistakes: dict[tuple[Path, str], Mistake] = {}
+        self.runs: dict[str, Run] = {}
+        self.names: dict[str, str] = {}  # of cells, by their hash
+        self.taken: set[str] = set()
+        self.kept: dict[tuple[Any, ...], bool] = {}
+        self.fresh: dict[tuple[Any, ...], bool] = {}
+
+    def points(self, name: str, case: Case, tree: Mapping[str, Any], pins: Mapping[Key, Any]) -> Iterator[_Point]:
+        """Every combination of a case's choices. Axes with a condition come last, each after those that its condition is about."""
         for preset in case.use:
-            base = merge(base, preset)
-        for key, value in case.sets.items():
-            base = put(base, tuple(key.split(".")), value)
-        start = _Point(base, {"case": name} if name else {}, {k: ("sweep", "cases", name, "set", k) for k in case.sets})
-        axes = [axis for outer in sweep.axes if (axis := _pinned(outer, set(case.sets)))] + list(case.axes)
-        plain_axes, conditional = [a for a in axes if not a.when], [a for a in axes if a.when]
-        for row in itertools.product(*(axis.choices for axis in plain_axes)):
-            points = [_take(start, row)]
-            for axis in conditional:
-                points = [p for point in points for p in _conditional(point, axis, default)]
-            for point in points:
-                made = dict(point.tree)
-                for key, value in pins.items():
-                    made = put(made, tuple(key.split(".")), value)
-                yield _Point(drop_nulls(made), point.labels, point.places)
+            tree = merge(tree, preset)
+        trees = _Trees(tree, {**case.sets, **pins})
+        places = {key: place for key, place in case.places.items() if key not in pins}
+        start = _Point(trees, {}, {"case": name} if name else {}, places, (name,))
+        axes = [axis for outer in self.sweep.axes if (axis := _pinned(outer, set(case.sets)))] + list(case.axes)
+        last = self._ordered([axis for axis in axes if axis.when])
+        for row in itertools.product(*(axis.choices for axis in axes if not axis.when)):
+            points = [start.take(row)]
+            for axis in last:
+                points = [p for point in points for p in self._conditional(point, axis)]
+            yield from points
+
+    def _ordered(self, axes: list[Axis]) -> list[Axis]:
+        made: list[Axis] = []
+        while axes:
+            free = [a for a in axes if not any(b is not a and _meet(b.keys, a.when) for b in axes)]
+            if not free:
+                text = "its 'when' is about an axis whose own 'when' is about this one"
+                self.mistakes.setdefault((axes[0].path, text), Mistake(axes[0].path, text))
+                return made
+            made += free
+            axes = [a for a in axes if a not in free]
+        return made
+
+    def _conditional(self, point: _Point, axis: Axis) -> list[_Point]:
+        if not self.holds(axis.when, self.values(point.tree()), point.labels):
+            return [point]
+        self.used.add(axis.path)
+        return [point.take((choice,)) for choice in axis.choices]
+
+    def values(self, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A tree with its references replaced, for comparing."""
+        return resolve(tree, lambda path: self.default(tree, path))[0] if self.reader.refers(tree) else tree
+
+    def holds(self, match: Match, tree: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
+        """Whether a partial match holds: by key, case name or label; a list means any of these."""
+        for key, wanted in match.items():
+            path = tuple(key.split("."))
+            value, usual = get(tree, path, MISSING), self.default(tree, path)
+            if isinstance(value, Mapping) and not names_variant(value) and isinstance(usual, str):
+                value = {"variant": usual, **value}
+            candidates = [usual if value is MISSING else value, *([labels[key]] if key in labels else [])]
+            options = [*wanted, wanted] if isinstance(wanted, list) else [wanted]
+            if not any(c is not MISSING and same(c, w) for c in candidates for w in options):
+                return False
+        return True
+
+    def read(self, point: _Point) -> None:
+        """Lists the runs of a point, one for each seed, and notes its mistakes."""
+        self.kept.setdefault(point.ident, False)
+        self.fresh.setdefault(point.ident, False)
+        for tree in self._seeded(point):
+            values = self.values(tree) if self.matches else tree
+            hits = {name for name, match in self.matches.items() if self.holds(match, values, point.labels)}
+            self.used |= hits
+            if any(word == "exclude" for word, _ in hits):
+                continue
+            self.kept[point.ident] = True
+            config, wrong = self.reader.read(tree)
+            for mistake in wrong:
+                self.mistakes.setdefault((mistake.path, mistake.text), _placed(mistake, point, tree))
+            if config is None:
+                self.fresh[point.ident] = True
+            else:
+                self._add(point, config, bool(hits))
+
+    def _seeded(self, point: _Point) -> Iterator[Mapping[str, Any]]:
+        seeds, tree = self.sweep.seeds, point.tree()
+        if isinstance(seeds, int):
+            path = tuple(SEED.split("."))
+            first = get(self.values(tree), path, MISSING) if seeds > 1 else None
+            first = self.default(tree, path) if first is MISSING else first
+            usable = isinstance(first, int) and not isinstance(first, bool)
+            seeds = _following(first, seeds) if seeds > 1 and usable else ()
+        elif SEED in point.sets or SEED in point.trees.fixed:
+            seeds = ()
+        yield from (point.tree(seed) for seed in seeds) if seeds else [tree]
+
+    def _add(self, point: _Point, config: Config, baseline: bool) -> None:
+        run_hash, cell_hash = self.reader.identity(config)
+        known = self.runs.get(run_hash)
+        if known is not None:
+            self.runs[run_hash] = replace(known, baseline=True) if baseline and not known.baseline else known
+            return
+        self.fresh[point.ident] = True
+        if cell_hash not in self.names:
+            words = in_words(point.labels, self.short)
+            self.names[cell_hash] = f"{words} ({cell_hash[:4]})" if words in self.taken else words
+            self.taken.add(words)
+        cell = self.names[cell_hash]
+        self.runs[run_hash] = Run(run_hash, cell_hash, cell, config.train.seed, point.labels, config, baseline)
+
+    def unused(self) -> Iterator[Mistake]:
+        """What the sweep says in vain."""
+        names = ", ".join([*(["case"] if self.sweep.cases else []), *self.short]) or "no axes"
+        advice = f"It is compared by key, case name or label; the sweep has {names}."
+        for (word, i), match in self.matches.items():
+            if (word, i) not in self.used:
+                yield Mistake(("sweep", word, str(i)), f"'{_condition(match)}' matches no run", advice)
+        for path, axis in self.conditions.items():
+            if path not in self.used:
+                yield Mistake(path, f"its condition, '{_condition(axis.when)}', holds in no run", advice)
+        if not any(self.kept.values()):
+            yield Mistake(("sweep", "exclude"), "nothing is left: every run is excluded")
+
+
+def _meet(keys: set[Key], when: Mapping[Key, Any]) -> bool:
+    """Whether any of `keys` is one that a condition is about, or lies around or inside it."""
+    return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in keys for b in when)
 
 
 def _pinned(axis: Axis, keys: set[Key]) -> Axis | None:
@@ -125,85 +278,45 @@ def _pinned(axis: Axis, keys: set[Key]) -> Axis | None:
     for choice in axis.choices:
         sets = {k: v for k, v in choice.sets.items() if k not in keys}
         labels = {k: v for k, v in choice.labels.items() if k not in keys}
-        left[repr((sets, labels))] = Choice(sets, labels, choice.places)
+        left[repr((sets, labels))] = Choice(sets, labels, {k: choice.places[k] for k in sets})
     kept = tuple(choice for choice in left.values() if choice.sets or choice.labels)
     return Axis(axis.name, kept, axis.when, axis.path) if kept else None
 
 
-def _take(point: _Point, row: Sequence[Choice]) -> _Point:
-    tree, labels, places = dict(point.tree), dict(point.labels), dict(point.places)
-    for choice in row:
-        for key, value in choice.sets.items():
-            tree = put(tree, tuple(key.split(".")), value)
-        labels.update(choice.labels)
-        places.update(choice.places)
-    return _Point(tree, labels, places)
+def _placed(mistake: Mistake, point: _Point, tree: Mapping[str, Any]) -> Mistake:
+    """The mistake with the place of the axis or case that set the value; where nobody set it, of one that set its neighbour."""
+    if is_form(get(tree, mistake.path)):
+        mistake = replace(mistake, advice="A form stands for a whole axis; inside a list it is a plain value.")
+    paths = {tuple(key.split(".")): place for key, place in point.places.items()}
+    around = [path for path in paths if mistake.path[: len(path)] == path]
+    if not around and get(tree, mistake.path, MISSING) is MISSING:
+        around = [path for path in paths if path[:-1] == mistake.path[:-1]]
+    named = [path for path in around if path[-1] in mistake.text]
+    return replace(mistake, at=paths[max(named or around, key=len)]) if around else mistake
 
 
-def _conditional(point: _Point, axis: Axis, default: Callable[[Any, Path], Any]) -> list[_Point]:
-    if _matched(point, axis.when, default):
-        return [_take(point, (choice,)) for choice in axis.choices]
-    return [point]
+# Names ----------------------------------------------------------------------------------------------------------------------
 
 
-def _matched(point: _Point, match: Match, default: Callable[[Any, Path], Any]) -> bool:
-    """Whether a partial match holds: by key, case name or label; a list means any of these."""
-    for key, wanted in match.items():
-        path = tuple(key.split("."))
-        value = get(point.tree, path)
-        candidates = [default(point.tree, path) if value is None else value]
-        if isinstance(value, Mapping) and "variant" not in value:
-            candidates.append(default(point.tree, path))
-        if key in point.labels:
-            candidates.append(point.labels[key])
-        options = wanted if isinstance(wanted, list) else [wanted]
-        if not any(same(c, w) for c in candidates for w in options):
-            return False
-    return True
-
-
-def _seeded(
-    point: _Point, seeds: int | tuple[int, ...], default: Callable[[Any, Path], Any]
-) -> Iterator[Mapping[str, Any]]:
-    path = ("train", "seed")
-    if isinstance(seeds, int):
-        if seeds == 1:
-            yield point.tree
-            return
-        given = get(point.tree, path)
-        first = given if given is not None else default(point.tree, path)
-        seeds = tuple(range(first, first + seeds)) if isinstance(first, int) else (0,)
-    for seed in seeds:
-        yield put(point.tree, path, seed)
-
-
-def _at_axis(mistake: Mistake, point: _Point) -> Mistake:
-    """The mistake with the place of the axis or case that set the value, if one did."""
-    for key, place in point.places.items():
-        path = tuple(key.split("."))
-        if mistake.path[: len(path)] == path:
-            return replace(mistake, at=place)
-    return mistake
-
-
-def _match_advice(sweep: Sweep) -> str:
-    names = [axis.name for axis in sweep.axes] + (["case"] if sweep.cases else [])
-    return f"It is compared by key, case name or label; the sweep has {', '.join(names) or 'no axes'}."
-
-
-def _words(labels: Mapping[str, Any]) -> str:
-    """A cell in words: the case's name first, then each key by its shortest suffix that tells it from the others."""
-    short = short_names([k for k in labels if k != "case"])
+def in_words(labels: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """Labels in words: the case's name first, then each key by its short name. A cell has no seed."""
     words = [str(labels["case"])] if "case" in labels else []
-    words += [f"{short[k]}={_word(v)}" for k, v in labels.items() if k != "case"]
+    words += [f"{short[k]}={told(v)}" for k, v in labels.items() if k not in ("case", SEED)]
     return ", ".join(words) or "default"
 
 
-def _word(value: Any) -> str:
+def _condition(match: Match) -> str:
+    return ", ".join(f"{k}: {told(v)}" for k, v in match.items())
+
+
+def told(value: Any) -> str:
+    """A value as files write it, on one line."""
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{k}={_word(v)}" for k, v in value.items() if k != "variant")
+        inner = ", ".join(f"{k}={told(v)}" for k, v in value.items() if k != "variant")
         return f"{value['variant']}({inner})" if "variant" in value else f"({inner})"
-    return f"[{', '.join(_word(v) for v in value)}]" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(told(v) for v in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

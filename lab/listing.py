@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
 from core.compose import Composed, compose, parse_overrides
-from core.options import Mistake, plain
-from core.yaml_files import ConfigError, load_text
+from core.options import Mistake, Path, nearest, plain
+from core.yaml_files import SUFFIXES, ConfigError, load_file, shown
 from engine.corpus import DATA
 from engine.data import Corpus, settle, stage_corpus
-from lab.expand import Expansion, Run, expand, short_names
-from lab.sweep import Sweep, SweepReader, apply_settings
+from lab.axes import SweepError
+from lab.expand import Expansion, Run, expand, told
+from lab.reading import ConfigReader, default_value, sentences
+from lab.sweep import SEED, Sweep, SweepReader, apply_settings
 from model import GPT
-from train_args import Config, ConfigReader, DataConfig, RunInfo, default_value, load_plugins, sentences
+from train_args import Config, DataConfig, RunInfo, load_plugins
 from variations import CATALOGUE
 
 LIBRARY = File(__file__).resolve().parent.parent / "explorations"
 ENDED = ("done", "diverged", "pruned")  # a failed run is tried again
 LABEL = 60
+MOST_MISTAKES = 100
 
 
 def corpus_of(data: DataConfig) -> Corpus:
@@ -88,42 +91,61 @@ def open_listing(file: File | None, words: Sequence[str]) -> Listing:
     composed = compose(file, LIBRARY) if file is not None else Composed({}, {}, File.cwd())
     tree, pins, places = apply_settings(composed.tree, settings)
     composed.places.update(places)
-    tree.setdefault("name", file.stem if file is not None else "default")
-    plugins = load_plugins(tuple(_strings(tree.get("plugins"))), composed.folder)
+    if file is not None and "name" not in tree:
+        tree["name"] = file.stem
+        composed.places["name",] = f"{shown(file)}, the file's own name"
+    plugins = load_plugins(_strings(tree, composed.place), File.cwd(), lambda i: composed.place(("plugins", str(i))))
     if plugins:
         tree["plugins"] = list(plugins)
+    swept = tree.get("sweep") is not None
     base = {k: v for k, v in tree.items() if k not in ("sweep", "run")}
     reader = new_reader(plugins)
-    sweep, mistakes = _read_sweep(tree, composed, file)
+    sweep, mistakes = _read_sweep(tree, composed, file) if swept else (Sweep(), [])
     expansion, found = expand(base, sweep, pins, reader, lambda t, path: default_value(CATALOGUE, t, path))
-    mistakes += [_hinted(m, composed) for m in found]
+    # What a sweep says in vain follows from what is wrong in it, and is told once that is mended.
+    mistakes += [_hinted(m, composed) for m in found if not mistakes or m.path[:1] != ("sweep",)]
     if mistakes:
-        raise ConfigError(*sentences(mistakes, composed.place))
+        raise ConfigError(*_shortened(sentences(mistakes, composed.place)))
     first = expansion.runs[0].config
-    listing = Listing(first.name, File(first.runner.root) / first.name, tree, expansion, reader, "sweep" in tree)
+    listing = Listing(first.name, File(first.runner.root) / first.name, tree, expansion, reader, swept)
     listing.ids = _ids(listing, expansion)
     return listing
 
 
-def _strings(given: Any) -> list[str]:
+def _shortened(told: list[str]) -> list[str]:
+    more = len(told) - MOST_MISTAKES
+    return told if more <= 1 else [*told[:MOST_MISTAKES], f"... and {more:,} more mistakes."]
+
+
+def _strings(tree: Mapping[str, Any], place: Callable[[Path], str | None]) -> list[str]:
+    given = tree.get("plugins")
     if given is None or (isinstance(given, list) and all(isinstance(x, str) for x in given)):
         return given or []
-    raise ConfigError(f"plugins: {given!r} is not a list of Python files.")
+    raise ConfigError(Mistake(("plugins",), f"{given!r} is not a list of Python files").sentence(place(("plugins",))))
 
 
 def _read_sweep(tree: dict[str, Any], composed: Composed, file: File | None) -> tuple[Sweep, list[Mistake]]:
-    def preset(name: str) -> dict[str, Any]:
-        for folder in (composed.folder, LIBRARY):
-            for suffix in ("", ".yaml", ".yml", ".json"):
-                if (candidate := folder / f"{name}{suffix}").is_file():
-                    made = compose(candidate, LIBRARY)
-                    if "sweep" in made.tree:
-                        raise ConfigError(f"'{name}' carries a sweep; only the file you run may")
-                    return made.tree
-        raise ConfigError(f"no file '{name}' beside {file.name if file else 'this folder'} or in {LIBRARY.name}/")
+    folders = (composed.folder, LIBRARY)
+
+    def preset(name: str) -> Composed:
+        for folder in folders:
+            for suffix in ("", *SUFFIXES):
+                candidate = folder / f"{name}{suffix}"
+                if candidate.suffix in SUFFIXES and candidate.is_file():
+                    return compose(candidate, LIBRARY, preset=True)
+        found = [
+            p.relative_to(f).with_suffix("")
+            for f in folders
+            for p in (*f.glob("*"), *f.glob("*/*"))
+            if p.suffix in SUFFIXES
+        ]
+        text = f"no file '{name}' beside {shown(file) if file else 'this folder'} or in {LIBRARY.name}/"
+        raise SweepError(text, nearest(name, {str(p) for p in found}))
 
     reader = SweepReader(preset)
-    sweep = reader.read(tree["sweep"] or {}) if "sweep" in tree else Sweep()
+    sweep = reader.read(tree["sweep"])
+    composed.places.update(reader.places)
+    composed.packages |= reader.packages
     return sweep, reader.mistakes
 
 
@@ -137,18 +159,17 @@ def _hinted(mistake: Mistake, composed: Composed) -> Mistake:
 def _ids(listing: Listing, expansion: Expansion) -> dict[str, str]:
     on_disk = {p.name.rpartition("-")[2]: p.name for p in listing.folder.glob("*-*") if p.is_dir()}
     seeded = len({run.seed for run in expansion.runs}) > 1
-    return {run.hash: on_disk.get(run.hash) or f"{_label(run, seeded)}{run.hash}" for run in expansion.runs}
+    short = expansion.short
+    return {run.hash: on_disk.get(run.hash) or f"{_label(run, short, seeded)}{run.hash}" for run in expansion.runs}
 
 
-def _label(run: Run, seeded: bool) -> str:
+def _label(run: Run, short: Mapping[str, str], seeded: bool) -> str:
     """The readable part of a run's folder name, ending in a hyphen."""
-    short = short_names([k for k in run.changed if k != "case"])
     words = [str(run.changed["case"])] if "case" in run.changed else []
     for key, value in run.changed.items():
-        if key != "case":
-            value = value.get("variant", "set") if isinstance(value, dict) else value
-            words.append(f"{short[key]}={value}")
-    words += [f"seed={run.seed}"] if seeded and "train.seed" not in run.changed else []
+        if key not in ("case", SEED):
+            words.append(f"{short[key]}={value.get('variant', 'set') if isinstance(value, dict) else told(value)}")
+    words += [f"seed={run.seed}"] if seeded else []
     text = re.sub(r"[^A-Za-z0-9._=+]+", "_", ",".join(words).replace(",", "+")).strip("._")[:LABEL]
     return f"{text}-" if text else "run-"
 
@@ -162,8 +183,8 @@ def load_run(folder: File, *, plugins: bool) -> tuple[Config, Corpus]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is no run folder: it holds no config.yaml.")
-    loaded = load_text(path.read_text(), str(path))
-    wanted = _strings(loaded.tree.get("plugins"))
+    loaded = load_file(path)
+    wanted = _strings(loaded.tree, loaded.places.get)
     if wanted and not plugins:
         raise ConfigError(
             f"{path}: the run uses Python files of its own ({', '.join(wanted)}). Allow them with --plugins."

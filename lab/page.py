@@ -53,7 +53,7 @@ th button::after { content: " \\2195"; color: var(--soft); font-weight: 400; }
 th[aria-sort=ascending] button::after { content: " \\2191"; color: var(--mark); }
 th[aria-sort=descending] button::after { content: " \\2193"; color: var(--mark); }
 .word { text-align: left; }
-.long { white-space: normal; min-width: 10rem; max-width: 24rem; overflow-wrap: anywhere; }
+.long { white-space: normal; min-width: 15rem; max-width: 26rem; overflow-wrap: break-word; }
 .stay { position: sticky; left: 0; border-right: 1px solid var(--line); }
 tr.baseline td { font-weight: 600; }
 tr.open td { color: var(--soft); }

@@ -14,7 +14,11 @@ class Slot:
 
 
 def slots(devices: tuple[str, ...], per_device: int | str, threads: int | None, cores: int, trials: int) -> list[Slot]:
-    """The slots for `trials` runs: one a GPU and one a core on a CPU unless asked otherwise; threads share the cores."""
+    """The slots for a sweep of `trials` runs: one a GPU and one a core on a CPU unless asked otherwise; threads share the cores.
+
+    It is the whole sweep that counts, not what is left of it: sums of several threads have other last bits, and a run must not
+    depend on how often its sweep was stopped.
+    """
     made: list[str] = []
     for device in devices:
         count = per_device if isinstance(per_device, int) else cores if device == "cpu" else 1

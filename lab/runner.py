@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,151 +17,217 @@ from typing import Any
 import torch
 
 from core.options import plain
-from core.yaml_files import dump
+from core.yaml_files import ConfigError, dump
+from engine.device import pick, provenance
 from engine.tracking import resolve_mode
-from lab.executors import LocalExecutor
+from lab import store
+from lab.executors import LocalExecutor, Trial
 from lab.expand import Run
-from lab.listing import Listing, read_result
+from lab.listing import ENDED, Listing
 from lab.plan import slots
 from lab.report import Listed, Summary, write_report
-from lab.store import Store
-from lab.worker import StopFlag, run_trial, write_atomically
-from train_args import RunnerConfig
+from lab.store import Store, attempts, holder, read_result, write_atomically
+from lab.worker import Console, StopFlag, no_result, run_trial, write_result
+from train_args import Config
 
 OK, FAILED, STOPPED = 0, 1, 75
 
 
-def devices(runner: RunnerConfig) -> tuple[str, ...]:
-    """The devices of trials: what the file lists, else every GPU, else the CPU."""
-    if runner.devices == "auto":
-        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
-    return (runner.devices,) if isinstance(runner.devices, str) else runner.devices
+def devices(config: Config) -> tuple[str, ...]:
+    """The devices of trials: what the runner lists, else the one that training names, else every GPU, else the CPU.
+
+    Raises ConfigError for a device that is not there.
+    """
+    asked = config.runner.devices
+    if asked == "auto" and config.train.device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return tuple(f"cuda:{i}" for i in range(count)) or (str(pick("cpu", config.train.dtype)),)
+    given = (config.train.device,) if asked == "auto" else (asked,) if isinstance(asked, str) else asked
+    return tuple(str(pick(device, config.train.dtype)) for device in given)
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[bool]:
-    """Whether this process is the only runner of the sweep, while inside."""
+def exclusive(folder: Path) -> Iterator[str | None]:
+    """None where this process is the only runner of the sweep, while inside; else who the other one is."""
     with (folder / ".runner").open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            yield False
+            handle.seek(0)
+            yield handle.read() or "unknown"
             return
         handle.truncate(0)
-        handle.write(f"{os.uname().nodename} {os.getpid()}")
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
-        yield True
+        yield None
 
 
 def run(listing: Listing) -> int:
-    """Carries out every run that is not done. Returns the exit code."""
-    listing.settle()
-    listing.folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(listing.folder) as alone:
-        if not alone:
-            holder = (listing.folder / ".runner").read_text()
+    """Carries out every run that is not done. Returns the exit code. Raises ConfigError where nothing can be started."""
+    folder = listing.folder
+    try:
+        listing.settle()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".runner").open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder} cannot be written: {error.strerror}. Nothing was started."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with exclusive(folder) as other, redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
+        if other is not None:
             print(
-                f"{listing.folder}: another runner is at work on this sweep ({holder or 'unknown'}).", file=sys.stderr
+                f"{folder}: another runner is at work on this sweep ({other}). Wait for it, stop it, or give this one "
+                "another name=...",
+                file=sys.stderr,
             )
             return FAILED
         return _run(listing)
 
 
 def _run(listing: Listing) -> int:
+    places = devices(listing.runs[0].config)
     pending = listing.pending()
     wandb = resolve_mode(listing.runs[0].config.tracking.wandb.mode) if pending else "off"
     write_atomically(listing.folder / "sweep.yaml", dump(plain(listing.tree)))
     for one in pending:
         _prepare(listing, one, wandb)
-    store = Store(listing.folder / "sweep.db")
-    waiting = {one.hash for one in pending}
-    store.list(
-        (
-            r.hash,
-            listing.ids[r.hash],
-            r.cell,
-            r.seed,
-            dict(plain(r.changed)),
-            "waiting" if r.hash in waiting else "done",
-        )
-        for r in listing.runs
-    )
-    stop = StopFlag()
+    database = Store(listing.folder / store.FILE)
+    stopped = hard = False
     try:
+        database.list(_row(listing, one) for one in listing.runs)
         if not listing.has_sweep and len(pending) == 1:
-            stopped = _alone(listing, pending[0], store, stop)
-        else:
-            stopped = _together(listing, pending, store, stop)
+            stopped = _alone(listing, pending[0], places, database)
+        elif pending:
+            stopped, hard = _together(listing, pending, places, database)
     finally:
-        store.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if listing.has_sweep:
-        print(f"\n{report(listing).text}")
+        database.close()
+    if listing.has_sweep and not hard:
+        try:
+            print(f"\n{report(listing).text}")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            _close(listing, stopped)
+            return FAILED
     return _close(listing, stopped)
 
 
+def _row(listing: Listing, one: Run) -> store.Row:
+    changed, length = dict(plain(one.changed)), one.config.iterations
+    status = listing.status(one)
+    return store.Row(
+        one.hash,
+        listing.ids[one.hash],
+        one.cell,
+        one.seed,
+        changed,
+        one.baseline,
+        length,
+        status if status in ENDED else "waiting",
+    )
+
+
 def _prepare(listing: Listing, one: Run, wandb: str) -> None:
+    """The run's folder and configuration, unless a killed runner's trial is at work there."""
     folder = listing.path(one)
     folder.mkdir(parents=True, exist_ok=True)
+    if holder(folder) is None:
+        data = one.config.data
+        data = replace(data, root=str(Path(data.root).resolve())) if data.root else data
+        config = replace(one.config, data=data, run=listing.info(one, wandb))
+        write_atomically(folder / "config.yaml", dump(plain(config)))
+
+
+def _alone(listing: Listing, one: Run, places: tuple[str, ...], database: Store) -> bool:
+    """A single run, in this process and with its progress on the terminal. Returns whether it was stopped."""
+    folder, threads = listing.path(one), one.config.runner.threads
+    if threads:
+        torch.set_num_threads(threads)
     (folder / "result.json").unlink(missing_ok=True)  # of a failed attempt
-    config = replace(one.config, run=listing.info(one, wandb))
-    write_atomically(folder / "config.yaml", dump(plain(config)))
-
-
-def _alone(listing: Listing, one: Run, store: Store, stop: StopFlag) -> bool:
-    """A single run, in this process and with its progress on the terminal."""
-    folder = listing.path(one)
-    print(f"{folder}: {one.config.iterations} iterations")
-    store.event("running", folder.name)
-    (folder / f"attempt-{1 + len(list(folder.glob('attempt-*.log')))}.log").touch()
-    code = run_trial(folder, stop=stop)
-    store.event("stopped" if code == STOPPED else _status(folder), folder.name)
+    database.event("running", folder.name, device=places[0])
+    with (
+        (folder / f"attempt-{attempts(folder) + 1}.log").open("w", encoding="utf-8") as log,
+        redirect_stdout(Console(sys.stdout, log)),
+        redirect_stderr(Console(sys.stderr, log)),
+        StopFlag() as stop,
+    ):
+        print(f"{folder}: {one.config.iterations} iterations")
+        code = run_trial(folder, device=places[0], stop=stop)
+    database.event("stopped" if code == STOPPED else _status(folder), folder.name)
     return code == STOPPED
 
 
-def _together(listing: Listing, pending: list[Run], store: Store, stop: StopFlag) -> bool:
-    """Many runs, as processes. Returns whether it was stopped."""
-    runner, cores = listing.runs[0].config.runner, len(os.sched_getaffinity(0))
-    executor = LocalExecutor(slots(devices(runner), runner.per_device, runner.threads, cores, len(pending)))
-    queue = list(pending)
-    names = {listing.ids[r.hash]: r for r in listing.runs}
-    ended = len(listing.runs) - len(pending)
-    started = time.monotonic()
-    while (queue or executor.live) and not stop():
-        while queue and executor.free:
-            trial = executor.start(listing.path(queue.pop(0)))
-            store.event("running", trial.folder.name, device=trial.slot.device, adopted=trial.process is None)
-        executor.wait()
+def _together(listing: Listing, pending: list[Run], places: tuple[str, ...], database: Store) -> tuple[bool, bool]:
+    """Many runs, as processes. Returns whether it was stopped, and whether at once."""
+    runner, queue = listing.runs[0].config.runner, list(pending)
+    executor = LocalExecutor(slots(places, runner.per_device, runner.threads, cores(), len(listing.runs)))
+    teller = _Teller(listing, len(listing.runs) - len(pending), database)
+    with StopFlag(hard_ends=False) as stop:
+        while (queue or executor.live) and not stop():
+            while queue and executor.free:
+                one = queue.pop(0)
+                if listing.status(one) in ENDED:  # a trial of a killed runner ended it meanwhile
+                    teller.done += 1
+                    continue
+                trial = executor.start(listing.path(one))
+                adopted = trial.process is None
+                database.event("running", trial.folder.name, device=trial.slot.device, adopted=adopted)
+            executor.wait()
+            for trial, code in executor.finished():
+                teller.ended(trial, code)
+        if not stop():
+            return False, False
+        print("stopping: trials save a checkpoint; Ctrl-C again ends them at once", flush=True)
+        executor.stop(lambda: stop.hard)
         for trial, code in executor.finished():
-            ended += 1
-            status = "stopped" if code == STOPPED else _status(trial.folder)
-            store.event(status, trial.folder.name, exit_code=code)
-            _tell(names[trial.folder.name], trial.folder, status, ended, len(listing.runs), time.monotonic() - started)
-    if not stop():
-        return False
-    print("stopping: trials save a checkpoint; Ctrl-C again ends them at once", flush=True)
-    again = StopFlag()
-    executor.stop(again)
-    for trial, code in executor.finished():
-        store.event("stopped" if code == STOPPED else _status(trial.folder), trial.folder.name, exit_code=code)
-    return True
+            teller.ended(trial, code, stopping=True)
+        return True, stop.hard
+
+
+class _Teller:
+    """Notes and tells how trials end."""
+
+    def __init__(self, listing: Listing, done: int, database: Store) -> None:
+        self.listing, self.done, self.database, self.started = listing, done, database, time.monotonic()
+        self.runs = {listing.ids[one.hash]: one for one in listing.runs}
+
+    def ended(self, trial: Trial, code: int, stopping: bool = False) -> None:
+        """A trial without a result was stopped, or else it died, which becomes its result."""
+        folder, one = trial.folder, self.runs[trial.folder.name]
+        status = "stopped" if code == STOPPED or (stopping and read_result(folder) is None) else None
+        if status is None and read_result(folder) is None:
+            why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code is {code}"
+            why = "nobody saw it end" if trial.process is None else why
+            error = f"The process died without a result: {why}. Its last words are in attempt-{attempts(folder)}.log."
+            known = {"cell": one.cell, "seed": one.seed, "error": error, "provenance": provenance(None)}
+            write_result(folder, no_result(folder, **known))
+        status = status or _status(folder)
+        self.done += status != "stopped"
+        self.database.event(status, folder.name, exit_code=code)
+        if not stopping:
+            self.tell(one, folder, status)
+
+    def tell(self, one: Run, folder: Path, status: str) -> None:
+        result = read_result(folder) or {}
+        loss = result.get("val_loss")
+        words = f", validation loss {loss:.4f}" if loss is not None else ""
+        seed = f", seed {one.seed}" if "train.seed" not in one.changed else ""
+        error = str(result.get("error") or "").strip().splitlines()
+        why = f": {error[-1]} (see {folder})" if error else ""
+        seconds = time.monotonic() - self.started
+        total = len(self.listing.runs)
+        print(f"[{self.done}/{total}, {seconds:.0f} s] {status}: {one.cell}{seed}{words}{why}", flush=True)
 
 
 def _status(folder: Path) -> str:
     result = read_result(folder)
     return "failed" if result is None else str(result["status"])
-
-
-def _tell(one: Run, folder: Path, status: str, ended: int, total: int, seconds: float) -> None:
-    """A line about a run that has ended."""
-    result = read_result(folder) or {}
-    loss = result.get("val_loss")
-    words = f", validation loss {loss:.4f}" if loss is not None else ""
-    seed = f", seed {one.seed}" if "train.seed" not in one.changed else ""
-    error = str(result.get("error") or "").strip().splitlines()
-    why = f": {error[-1]} (see {folder})" if error else f" (see {folder})" if status == "failed" else ""
-    print(f"[{ended}/{total}, {seconds:.0f} s] {status}: {one.cell}{seed}{words}{why}", flush=True)
 
 
 def report(listing: Listing) -> Summary:
@@ -177,7 +243,9 @@ def report(listing: Listing) -> Summary:
 def _close(listing: Listing, stopped: bool) -> int:
     """The last line: how the runs ended. Returns the exit code."""
     counts = Counter(listing.status(r) or "unfinished" for r in listing.runs)
-    print(f"{listing.folder}: {', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}")
+    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    again = ". The same command continues." if counts["unfinished"] else ""
+    print(f"{listing.folder}: {told}{again}", flush=True)
     if stopped:
         return STOPPED
-    return FAILED if counts["failed"] or counts["unfinished"] else OK
+    return FAILED if counts["failed"] else STOPPED if counts["unfinished"] else OK

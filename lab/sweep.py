@@ -6,26 +6,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.compose import COMMAND_LINE, Setting, drop_nulls, put
+from core.compose import COMMAND_LINE, Composed, Setting, drop_nulls, get, leaves, names_variant, put
 from core.options import Mistake, Path, nearest
-from lab.axes import Axis, AxisError, Choice, Key, read_values
+from lab.axes import Axis, Choice, Key, SweepError, read_values
 
 WORDS = ("grid", "zip", "groups", "cases", "exclude", "baseline", "seeds", "objective", "max_runs")
 LATER = ("search", "stop", "tune")
 CASE_WORDS = ("use", "set", "grid", "zip", "groups")
 MAX_RUNS = 1000
-NO_SWEEP_KEYS = ("name", "plugins", "run", "sweep", "defaults")
+MAX_SEEDS = 100_000
+NO_SWEEP_KEYS = ("name", "plugins", "run", "runner", "sweep", "defaults")  # they belong to the whole sweep
+SEED = "train.seed"
+METRICS = ("val_loss", "best_val_loss", "train_loss", "tokens_per_second", "seconds", "peak_memory_bytes", "parameters")
 Match = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as read. `cases` maps a name to the tree it composes on and the axes it multiplies with."""
+    """A sweep as read. `exclude` and `baseline` are lists of partial matches of which any may hold."""
 
     axes: tuple[Axis, ...] = ()
     cases: Mapping[str, Case] = field(default_factory=dict)
     exclude: tuple[Match, ...] = ()
-    baseline: Match | None = None
+    baseline: tuple[Match, ...] = ()
     seeds: int | tuple[int, ...] = 1
     objective: Mapping[str, Any] = field(default_factory=lambda: {"metric": "val_loss", "mode": "min"})
     max_runs: int = MAX_RUNS
@@ -33,19 +36,23 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Case:
-    """A branch of the union: presets to compose, keys to set, axes of its own."""
+    """A branch of the union: presets to compose, keys to set, axes of its own. `places`: where each key of both was written."""
 
     use: tuple[Mapping[str, Any], ...] = ()
     sets: Mapping[Key, Any] = field(default_factory=dict)
     axes: tuple[Axis, ...] = ()
+    places: Mapping[Key, Path] = field(default_factory=dict)
 
 
 class SweepReader:
-    """Reads the `sweep:` section. Mistakes gather in `mistakes`. `preset(name)` composes a preset's tree."""
+    """Reads the `sweep:` section. Mistakes gather in `mistakes`. `preset(name)` composes a preset; `places` says where the keys of
+    presets were written, under the path of the `use` that names them."""
 
-    def __init__(self, preset: Callable[[str], Mapping[str, Any]]) -> None:
+    def __init__(self, preset: Callable[[str], Composed]) -> None:
         self.preset = preset
         self.mistakes: list[Mistake] = []
+        self.places: dict[Path, str] = {}
+        self.packages: set[str] = set()
 
     def wrong(self, path: Path, text: str, advice: str = "") -> None:
         self.mistakes.append(Mistake(path, text, advice))
@@ -56,60 +63,79 @@ class SweepReader:
             return Sweep()
         for word in given:
             if word in LATER:
-                self.wrong(("sweep", word), "not available yet")
+                self.wrong(("sweep", word), "not available yet", "Leave it out.")
             elif word not in WORDS:
                 self.wrong(("sweep", word), "unknown key", nearest(word, WORDS))
         axes = self.axes(given, ("sweep",))
-        cases = self.cases(given.get("cases", {}), axes)
+        cases = self.cases(given.get("cases"), axes)
         return Sweep(
             axes,
             cases,
-            tuple(self.matches(given.get("exclude", []), ("sweep", "exclude"))),
-            next(iter(self.matches([given["baseline"]], ("sweep", "baseline"))), None)
-            if given.get("baseline")
-            else None,
-            self.seeds(given.get("seeds", 1), axes),
+            tuple(self.matches(given.get("exclude"), ("sweep", "exclude"))),
+            tuple(self.matches(given.get("baseline"), ("sweep", "baseline"))),
+            self.seeds(given.get("seeds", 1), [*axes, *(axis for case in cases.values() for axis in case.axes)]),
             self.objective(given.get("objective", {})),
             self.max_runs(given.get("max_runs", MAX_RUNS)),
         )
 
     def axes(self, given: Mapping[str, Any], path: Path) -> tuple[Axis, ...]:
         """The axes of `grid`, `zip` and `groups` at one level."""
-        made = [*self.grid(given.get("grid") or {}, (*path, "grid"))]
-        blocks = given.get("zip") or []
-        for i, block in enumerate([blocks] if isinstance(blocks, Mapping) else blocks):
-            made += self.zip(block, (*path, "zip") if isinstance(blocks, Mapping) else (*path, "zip", str(i)))
-        made += self.groups(given.get("groups") or {}, (*path, "groups"))
+        made = [*self.grid(given.get("grid"), (*path, "grid"))]
+        blocks = given.get("zip")
+        if isinstance(blocks, list):
+            for i, block in enumerate(blocks):
+                made += self.zip(block, (*path, "zip", str(i)))
+        else:
+            made += self.zip(blocks, (*path, "zip"))
+        made += self.groups(given.get("groups"), (*path, "groups"))
         self.once(made)
         return tuple(made)
 
     def once(self, axes: Sequence[Axis]) -> None:
-        """One key in two axes is a mistake."""
+        """One key, or one label, in two axes is a mistake."""
         seen: dict[Key, Axis] = {}
         for axis in axes:
-            for key in sorted(axis.keys):
+            for key in sorted(axis.keys | axis.labels):
                 if key in seen:
                     self.wrong(axis.path, f"'{key}' stands in two axes, also in {'.'.join(seen[key].path)}")
                 seen[key] = axis
 
     def mapping(self, given: Any, path: Path) -> Mapping[str, Any]:
-        if isinstance(given, Mapping):
-            return given
+        """A mapping; null is an empty one."""
+        if given is None or isinstance(given, Mapping):
+            return given or {}
         self.wrong(path, f"{given!r} is not a mapping")
         return {}
 
-    def key(self, key: str, path: Path) -> None:
-        if key.split(".")[0] in NO_SWEEP_KEYS or not all(key.split(".")):
-            self.wrong(path, f"'{key}' cannot be swept")
+    def sets(self, given: Any, path: Path) -> tuple[dict[Key, Any], dict[Key, Path]]:
+        """What a case or an alternative sets, one entry for each single option, and where each was written."""
+        made, places = {}, {}
+        for key, value in self.mapping(given, path).items():
+            if not self.key(key, (*path, key)):
+                continue
+            for below, leaf in _flat(value):
+                made[".".join((key, *below))] = leaf
+                places[".".join((key, *below))] = (*path, key, *below)
+        return made, places
+
+    def key(self, key: str, path: Path) -> bool:
+        """Whether a key can be swept; a mistake is noted where it cannot."""
+        head, *rest = key.split(".")
+        if head in NO_SWEEP_KEYS:
+            self.wrong(path, f"'{key}' belongs to the whole sweep and cannot differ between its runs")
+        elif not all((head, *rest)):
+            self.wrong(path, f"'{key}' is no key of the configuration")
+        return head not in NO_SWEEP_KEYS and all((head, *rest))
 
     def grid(self, given: Any, path: Path) -> Iterator[Axis]:
         for key, axis in self.mapping(given, path).items():
             below = (*path, key)
-            self.key(key, below)
+            if axis is None or not self.key(key, below):
+                continue
             try:
                 values = read_values(axis)
-            except AxisError as error:
-                self.wrong(below, str(error))
+            except SweepError as error:
+                self.wrong(below, str(error), error.advice)
                 continue
             choices = tuple(Choice({key: value}, {key: label}, {key: below}) for label, value in values.pairs)
             yield Axis(key, choices, values.when, below)
@@ -129,11 +155,15 @@ class SweepReader:
     def groups(self, given: Any, path: Path) -> Iterator[Axis]:
         for name, alternatives in self.mapping(given, path).items():
             below, choices = (*path, name), []
-            for label, sets in self.mapping(alternatives, below).items():
-                sets = self.mapping(sets if sets is not None else {}, (*below, label))
-                for key in sets:
-                    self.key(key, (*below, label, key))
-                choices.append(Choice(dict(sets), {name: label}, {key: (*below, label, key) for key in sets}))
+            if alternatives is None:
+                continue
+            if name == "case":
+                self.wrong(below, "'case' is what cases are called by; give the group another name")
+            for label, given_sets in self.mapping(alternatives, below).items():
+                if given_sets is None:
+                    self.wrong((*below, label), "null says nothing", "Write {} for an alternative that sets nothing.")
+                sets, places = self.sets(given_sets, (*below, label))
+                choices.append(Choice(sets, {name: label}, places))
             if choices:
                 yield Axis(name, tuple(choices), {}, below)
             else:
@@ -147,57 +177,75 @@ class SweepReader:
             for word in case:
                 if word not in CASE_WORDS:
                     self.wrong((*path, word), "unknown key", nearest(word, CASE_WORDS))
-            sets = dict(self.mapping(case.get("set") or {}, (*path, "set")))
-            for key in sets:
-                self.key(key, (*path, "set", key))
+            sets, set_places = self.sets(case.get("set"), (*path, "set"))
             axes = self.axes(case, path)
             self.once([*outer, *axes])
             for axis in axes:
                 for key in sorted(axis.keys & set(sets)):
-                    self.wrong((*path, "set", key), f"'{key}' is set here and also an axis of this case")
-            made[name] = Case(tuple(self.uses(case.get("use"), (*path, "use"))), sets, axes)
+                    self.wrong(set_places[key], f"'{key}' is set here and also an axis of this case")
+            trees, places = self.uses(case.get("use"), (*path, "use"))
+            made[name] = Case(trees, sets, axes, {**places, **set_places})
         return made
 
-    def uses(self, given: Any, path: Path) -> Iterator[Mapping[str, Any]]:
-        for name in [given] if isinstance(given, str) else given or []:
+    def uses(self, given: Any, path: Path) -> tuple[tuple[Mapping[str, Any], ...], dict[Key, Path]]:
+        """The trees of the presets that a case uses, and where their keys were written."""
+        names = given if isinstance(given, list) else [] if given is None else [given]
+        trees, places = [], {}
+        for name in names:
             try:
-                yield self.preset(str(name))
+                made = self.preset(name) if isinstance(name, str) else None
             except ValueError as error:
-                self.wrong(path, str(error).rstrip("."))
+                self.wrong(path, str(error).rstrip("."), getattr(error, "advice", ""))
+                continue
+            if made is None:
+                self.wrong(path, f"{name!r} is no preset's name")
+                continue
+            for key in made.tree:
+                if key in NO_SWEEP_KEYS:
+                    self.wrong(path, f"'{name}' says '{key}', which belongs to the whole sweep and not to a case")
+            trees.append(made.tree)
+            self.packages |= made.packages
+            self.places.update({(*path, *below): place for below, place in made.places.items()})
+            places.update({".".join(below): (*path, *below) for below, _ in leaves(made.tree)})
+        return tuple(trees), places
 
     def matches(self, given: Any, path: Path) -> Iterator[Match]:
-        for i, match in enumerate(given if isinstance(given, list) else [given]):
-            if self.mapping(match, (*path, str(i))):
+        for i, match in enumerate(given if isinstance(given, list) else [] if given is None else [given]):
+            below = (*path, str(i)) if isinstance(given, list) else path
+            if not isinstance(match, Mapping):
+                self.wrong(below, f"{match!r} is not a mapping", f"Write key: value, such as {{case: {match}}}.")
+            elif match:
                 yield match
-            elif isinstance(match, Mapping):
-                self.wrong((*path, str(i)), "an empty match would mean every run")
+            else:
+                self.wrong(below, "an empty match would mean every run")
 
     def seeds(self, given: Any, axes: Sequence[Axis]) -> int | tuple[int, ...]:
         path = ("sweep", "seeds")
-        if "train.seed" in {key for axis in axes for key in axis.keys} and given != 1:
-            self.wrong(path, "'train.seed' is an axis too; use one of them")
+        if SEED in {key for axis in axes for key in axis.keys} and given != 1:
+            self.wrong(path, f"'{SEED}' is an axis too; use one of them")
         if isinstance(given, list):
-            if (
-                given
-                and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in given)
-                and len(set(given)) == len(given)
-            ):
+            whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in given)
+            if given and whole and len(set(given)) == len(given):
                 return tuple(given)
             self.wrong(path, f"{given!r} is not a list of different integers, 0 or above")
-        elif not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= 100_000:
-            self.wrong(path, f"{given!r} is not a number of seeds (1 or more) or a list of seeds")
+        elif not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MAX_SEEDS:
+            self.wrong(path, f"{given!r} is not a number of seeds, 1 to {MAX_SEEDS:,}, or a list of seeds")
         else:
             return given
         return 1
 
     def objective(self, given: Any) -> Mapping[str, Any]:
         path = ("sweep", "objective")
+        if given is None:
+            self.wrong(path, "null (off) is not possible here")
         made = {"metric": "val_loss", "mode": "min", **self.mapping(given, path)}
         for key in made:
             if key not in ("metric", "mode"):
                 self.wrong((*path, key), "unknown key", nearest(key, ("metric", "mode")))
-        if made["mode"] not in ("min", "max") or not isinstance(made["metric"], str):
-            self.wrong(path, f"{dict(made)!r} is not a metric's name and a mode", "The mode is min or max.")
+        if made["mode"] not in ("min", "max"):
+            self.wrong((*path, "mode"), f"{made['mode']!r} is not allowed", nearest(str(made["mode"]), ("min", "max")))
+        if made["metric"] not in METRICS:
+            self.wrong((*path, "metric"), f"no metric {made['metric']!r}", nearest(str(made["metric"]), METRICS))
         return made
 
     def max_runs(self, given: Any) -> int:
@@ -205,6 +253,14 @@ class SweepReader:
             return given
         self.wrong(("sweep", "max_runs"), f"{given!r} is not an integer of 1 or more")
         return MAX_RUNS
+
+
+def _flat(value: Any) -> list[tuple[Path, Any]]:
+    """A mapping as its single values with their paths; anything else, and one with names that hold dots, as it is."""
+    if not isinstance(value, Mapping) or not value or names_variant(value):
+        return [((), value)]
+    found = list(leaves(value))
+    return [((), value)] if any("." in word for below, _ in found for word in below) else found
 
 
 def _joined(row: Sequence[Choice]) -> Choice:
@@ -220,42 +276,61 @@ def _joined(row: Sequence[Choice]) -> Choice:
 def apply_settings(
     tree: dict[str, Any], settings: Sequence[Setting]
 ) -> tuple[dict[str, Any], dict[Key, Any], dict[Path, str]]:
-    """The tree after the command line: `key=value` pins (also inside every case), `key=a,b` adds or replaces an axis.
+    """The tree after the command line: `key=value` sets, also over axes and in cases; `key=a,b` adds or replaces an axis.
 
-    Returns the tree, the pins, and the places of what was set.
+    Returns the tree, what is pinned in every run, and the places of what was set.
     """
     pins: dict[Key, Any] = {}
     places: dict[Path, str] = {}
     for setting in settings:
-        key = ".".join(setting.path)
+        places[setting.path] = COMMAND_LINE
         if setting.path[0] == "sweep" and not setting.axis:
             tree = put(tree, setting.path, setting.values[0])
-            places[setting.path] = COMMAND_LINE
             continue
-        tree = {**tree, "sweep": _without_axis(tree.get("sweep"), key)} if "sweep" in tree or setting.axis else tree
-        if setting.axis:
+        for below, value in [((), None)] if setting.axis else _flat(setting.values[0]):
+            path = (*setting.path, *below)
+            key = ".".join(path)
             pins.pop(key, None)
-            sweep = tree.get("sweep") or {}
-            tree = {**tree, "sweep": {**sweep, "grid": {**(sweep.get("grid") or {}), key: list(setting.values)}}}
-            places[("sweep", "grid", key)] = COMMAND_LINE
-        else:
-            tree = put(tree, setting.path, setting.values[0])
-            pins[key] = setting.values[0]
-        places[setting.path] = COMMAND_LINE
-    return drop_nulls(tree), pins, places
+            if "sweep" in tree:
+                tree = {**tree, "sweep": _without(tree["sweep"], key, setting.axis)}
+            if setting.axis:
+                tree = _with_axis(tree, key, list(setting.values))
+                places[("sweep", "grid", key)] = COMMAND_LINE
+            else:
+                tree, pins[key] = put(tree, path, value), value
+    return dict(drop_nulls(tree)), pins, places
 
 
-def _without_axis(sweep: Any, key: Key) -> Any:
-    """A sweep's section, and its cases, without the axis over `key`."""
+def _with_axis(tree: dict[str, Any], key: Key, values: list[Any]) -> dict[str, Any]:
+    sweep = tree.get("sweep") or {}
+    grid = get(sweep, ("grid",)) or {}
+    if not isinstance(sweep, Mapping) or not isinstance(grid, Mapping):
+        return tree  # it is refused when it is read
+    return {**tree, "sweep": {**sweep, "grid": {**grid, key: values}}}
+
+
+def _without(sweep: Any, key: Key, axis: bool) -> Any:
+    """A sweep's section, and its cases, without the axis over `key`. Alternatives of groups no longer set it."""
     if not isinstance(sweep, Mapping):
-        return {} if sweep is None else sweep
+        return sweep
     made = dict(sweep)
     if isinstance(made.get("grid"), Mapping):
-        made["grid"] = {k: v for k, v in made["grid"].items() if k != key}
-    if isinstance(made.get("zip"), Mapping):
-        made["zip"] = {k: v for k, v in made["zip"].items() if k != key}
-    elif isinstance(made.get("zip"), list):
-        made["zip"] = [{k: v for k, v in b.items() if k != key} if isinstance(b, Mapping) else b for b in made["zip"]]
+        made["grid"] = _less(made["grid"], key)
+    if isinstance(made.get("zip"), list):
+        made["zip"] = [_less(block, key) for block in made["zip"]]
+    elif "zip" in made:
+        made["zip"] = _less(made["zip"], key)
+    if isinstance(made.get("groups"), Mapping):
+        made["groups"] = {
+            name: {label: _less(sets, key) for label, sets in group.items()} if isinstance(group, Mapping) else group
+            for name, group in made["groups"].items()
+        }
     if isinstance(made.get("cases"), Mapping):
-        made["cases"] = {name: _without_axis(case, key) for name, case in made["cases"].items()}
+        made["cases"] = {name: _without(case, key, axis) for name, case in made["cases"].items()}
+    if key == SEED and (axis or isinstance(made.get("seeds"), list)):
+        made.pop("seeds", None)  # they are an axis over it
     return made
+
+
+def _less(table: Any, key: Key) -> Any:
+    return {k: v for k, v in table.items() if k != key} if isinstance(table, Mapping) else table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from shipped import small_corpora
 
-from engine.corpus import CharTokenizer, write_corpus
 from lab.listing import open_listing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -15,15 +15,7 @@ FILES = sorted((REPOSITORY / "explorations").glob("**/*.yaml"))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small corpora under the names that the files use."""
-    root = tmp_path_factory.mktemp("data")
-    text = "the quick brown fox jumps over the lazy dog. " * 60
-    tokenizer = CharTokenizer.of([text])
-    ids = tokenizer.encode(text)
-    for name in ("stdlib", "shakespeare_char"):
-        chunks = [("train", ids), ("val", ids[:600])]
-        write_corpus(root / name / "char", chunks, dataset=name, tokenizer=tokenizer, source="a sentence, repeated")
-    return root
+    return small_corpora(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

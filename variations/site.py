@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from core.options import Catalogue, Invalid, Variant, nearest
-from core.slices import Initialiser, select
-from gpt_conf import ModelConfig
+from core.slices import Initialiser, pattern, select
+from gpt_conf import ModelConfig, SiteRule
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,25 @@ class Site:
         """The variation of `kind` here: the last site rule that matches, else the model's. A rule about the `fallback` kind
         counts as one about `kind` (a head is also a linear)."""
         chosen: Variant = getattr(self.config, kind)
-        hits = self.asked.setdefault((kind, self.path), [])
+        hits = {k: self.asked.setdefault((k, self.path), []) for k in (kind, fallback) if k}
         for name, rule in self.config.sites.items():
             nodes = rule.nodes()
-            given = nodes.get(kind) or (nodes.get(fallback) if fallback else None)
-            if given and select(rule.patterns, rule.exceptions, lambda p: p.matches_module(self.path)):
-                chosen = given
-                hits.append(name)
+            said = next((k for k in hits if k in nodes), None)
+            if said and self.meant(name, rule):
+                chosen = nodes[said]
+                hits[said].append(name)
         return chosen
+
+    def meant(self, name: str, rule: SiteRule) -> bool:
+        """Whether this place is one of a rule's. Raises Invalid for a pattern that is none, or is about parts of a weight."""
+        for key, texts in (("match", rule.patterns), ("except", rule.exceptions)):
+            for text in texts:
+                try:
+                    if pattern(text).about_parts:
+                        raise ValueError(f"'{text}' is about parts of a weight, and a site is a whole module")
+                except ValueError as error:
+                    raise Invalid((f"sites.{name}.{key}", str(error))) from error
+        return select(rule.patterns, rule.exceptions, lambda p: p.matches_module(self.path))
 
     def find(self, kind: str, fallback: str | None = None) -> tuple[Any, Any]:
         """The class of the variation of `kind` here, and its options."""
@@ -73,14 +84,14 @@ class Site:
         return 1 / math.sqrt(2 * self.config.n_layer) if getattr(options, "scale_residual", True) else 1.0
 
     def unused(self) -> list[tuple[str, str]]:
-        """Site rules that chose nothing, each with a sentence. Meaningful once the model is built."""
-        hit = {name for names in self.asked.values() for name in names}
+        """What site rules chose and no place took, each with a sentence. Meaningful once the model is built."""
+        hit = {(kind, name) for (kind, _), names in self.asked.items() for name in names}
         wrong = []
         for name, rule in self.config.sites.items():
-            if name not in hit and not rule.optional:
-                kinds = set(rule.nodes())
-                places = sorted({path for kind, path in self.asked if kind in kinds})
-                patterns = " and ".join(repr(p) for p in rule.patterns)
-                text = f"{patterns} matches no place where a {' or '.join(sorted(kinds))} is made"
-                wrong.append((f"sites.{name}", f"{text}. {nearest(rule.patterns[0], places)}"))
+            for kind in rule.nodes():
+                if (kind, name) not in hit and not rule.optional:
+                    places = sorted({path for asked, path in self.asked if asked == kind})
+                    patterns = " and ".join(repr(p) for p in rule.patterns)
+                    text = f"{patterns} matches no place where the {kind} is chosen"
+                    wrong.append((f"sites.{name}", f"{text}. {nearest(rule.patterns[0], places)}"))
         return wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 
 import torch
@@ -23,7 +24,7 @@ class Distribution:
 
     def __str__(self) -> str:
         shown = [f"{f.name}={getattr(self.options, f.name)}" for f in fields(self.options)]  # type: ignore[arg-type]
-        name = type(self).__name__.lower()
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
         return f"{name}({', '.join(x for x in shown if not x.startswith('scale_residual=True'))})" if shown else name
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:

@@ -22,14 +22,14 @@ class MLP(nn.Module):
         """Options of the plain MLP."""
 
         expansion: float = opt(4.0, "Width as a multiple of n_embd.", gt=0.0)
-        width: int | None = opt(None, "Width; null means expansion * n_embd.", ge=1)
+        width: int | None = opt(None, "Width; null means expansion * n_embd, rounded.", ge=1)
 
     readers = ("up",)
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
         c = site.config
-        width = options.width or max(1, int(options.expansion * c.n_embd))
+        width = options.width or max(1, round(options.expansion * c.n_embd))
         self.up = site.make("linear", "up", in_features=c.n_embd, out_features=width)
         self.act = site.make("activation", "act")
         self.down = site.make("linear", "down", in_features=width, out_features=c.n_embd, residual=True)

@@ -34,4 +34,6 @@ class RMSNorm(nn.Module):
             declare(self, "weight", (width,), Declaration(Layout(), "vector", ONES))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            x = x.to(self.weight.dtype)  # under autocast: the kernel wants one dtype, and layer_norm computes in float32 there too
         return F.rms_norm(x, (self.width,), self.weight, self.eps)

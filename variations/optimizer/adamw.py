@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from core.options import Invalid, opt
 from variations.optimizer.base import Group, Optimizer, OptimizerOptions
@@ -32,16 +31,16 @@ class AdamW(Optimizer):
     Options = AdamWOptions
     kinds = ("exp_avg", "exp_avg_sq")
 
-    def update(self, group: Group, params: list[Tensor], state: dict[str, list[Tensor]], lr: float) -> None:
+    def update(self, group: Group, lr: float) -> None:
         # The kernel under torch.optim.AdamW(fused=True), called without that class, whose first use imports the compiler (seconds).
-        step = torch.full((), float(self.steps), device=params[0].device)
+        step = torch.full((), float(self.steps), device=group.params[0].device)
         torch._fused_adamw_(
-            params,
-            [p.grad for p in params],  # type: ignore[misc]
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            group.params,
+            [p.grad for p in group.params],  # type: ignore[misc]
+            group.state["exp_avg"],
+            group.state["exp_avg_sq"],
             [],
-            [step] * len(params),
+            [step] * len(group.params),
             lr=lr,
             beta1=self.options.betas[0],
             beta2=self.options.betas[1],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.options import opt
+from core.slices import Layout
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,24 @@ class OptimizerOptions:
 
 @dataclass
 class Group:
-    """Tensors that share settings. `learning_rate` is the peak, slice multipliers included. `params` hold their gradients."""
+    """Tensors that share settings. `learning_rate` is the peak, slice multipliers included. `params` hold their gradients.
+
+    `layouts` says where in each tensor its logical matrices lie; without it, each tensor is one (or a stack of them).
+    """
 
     names: list[str]
     params: list[Tensor]
     learning_rate: float
     weight_decay: float
     state: dict[str, list[Tensor]] = field(default_factory=dict)  # a list like `params` for each kind of state
+    layouts: list[Layout] = field(default_factory=list)
+
+    def live(self) -> Group:
+        """The part of the group that has gradients."""
+        kept = [i for i, p in enumerate(self.params) if p.grad is not None]
+        state = {kind: [tensors[i] for i in kept] for kind, tensors in self.state.items()}
+        names, layouts = [self.names[i] for i in kept], [self.layouts[i] for i in kept]
+        return replace(self, names=names, params=[self.params[i] for i in kept], state=state, layouts=layouts)
 
 
 class Optimizer:
@@ -42,6 +54,7 @@ class Optimizer:
         self.options, self.groups = options, groups
         self.steps = 0
         for group in groups:
+            group.layouts = group.layouts or [Layout()] * len(group.params)
             assert all(p.is_contiguous() for p in group.params), "fused updates write wrong elements of strided views"
             for kind in self.kinds:
                 group.state[kind] = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in group.params]
@@ -51,12 +64,12 @@ class Optimizer:
         """One update with every learning rate multiplied by `factor`."""
         self.steps += 1
         for group in self.groups:
-            live = [i for i, p in enumerate(group.params) if p.grad is not None]
-            if live:
-                state = {kind: [tensors[i] for i in live] for kind, tensors in group.state.items()}
-                self.update(group, [group.params[i] for i in live], state, group.learning_rate * factor)
+            live = group.live()
+            if live.params:
+                self.update(live, group.learning_rate * factor)
 
-    def update(self, group: Group, params: list[Tensor], state: dict[str, list[Tensor]], lr: float) -> None:
+    def update(self, group: Group, lr: float) -> None:
+        """Moves `group.params` by their gradients, all of which are there."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:

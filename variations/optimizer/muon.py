@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,25 +53,27 @@ class MuonOptions(OptimizerOptions):
 class Muon(Optimizer):
     """Formula: m <- mu m + (1 - mu) g; w <- (1 - lr decay) w - lr sqrt(max(1, rows/cols)) orth(g + mu (m - g))
     Source: K. Jordan et al., Muon, 2024; Bernstein and Newhouse, arXiv 2409.20325.
-    Shapes: [..., rows, cols]; leading axes are matrices of their own.
+    Shapes: [..., rows, cols]; leading axes are matrices of their own, and so are the parts of a fused weight.
     """
 
     Options = MuonOptions
     kinds = ("momentum",)
     roles = ("matrix",)
 
-    def update(self, group: Group, params: list[Tensor], state: dict[str, list[Tensor]], lr: float) -> None:
+    def update(self, group: Group, lr: float) -> None:
         o: MuonOptions = self.options
-        grads = [p.grad for p in params if p.grad is not None]
-        torch._foreach_lerp_(state["momentum"], grads, 1 - o.momentum)
-        directions = torch._foreach_lerp(grads, state["momentum"], o.momentum) if o.nesterov else state["momentum"]
+        momentum, grads = group.state["momentum"], [p.grad for p in group.params if p.grad is not None]
+        torch._foreach_lerp_(momentum, grads, 1 - o.momentum)
+        directions = torch._foreach_lerp(grads, momentum, o.momentum) if o.nesterov else momentum
         if group.weight_decay:
-            torch._foreach_mul_(params, 1 - lr * group.weight_decay)
-        shapes = {p.shape[-2:] for p in params}
-        for shape in sorted(shapes, key=tuple):
-            same = [i for i, p in enumerate(params) if p.shape[-2:] == shape]
-            batch = torch.cat([directions[i].reshape(-1, *shape) for i in same])
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            parts = orthogonalise(batch, o.ns_steps).split([params[i].shape[:-2].numel() for i in same])
-            torch._foreach_add_([params[i] for i in same], [x.view(params[i].shape) for x, i in zip(parts, same, strict=True)],
-                                alpha=-lr * scale)  # fmt: skip
+            torch._foreach_mul_(group.params, 1 - lr * group.weight_decay)
+        # By shape, each logical matrix's place in its weight and its direction.
+        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for weight, direction, layout in zip(group.params, directions, group.layouts, strict=True):
+            for labels, part in layout.split(direction).items():
+                alike.setdefault(part.shape[-2:], []).append((layout.view(weight, labels), part))
+        for (rows, cols), same in alike.items():
+            batch = torch.cat([part.reshape(-1, rows, cols) for _, part in same])
+            parts = orthogonalise(batch, o.ns_steps).split([part.shape[:-2].numel() for _, part in same])
+            updates = [x.reshape(place.shape) for x, (place, _) in zip(parts, same, strict=True)]
+            torch._foreach_add_([place for place, _ in same], updates, alpha=-lr * max(1.0, rows / cols) ** 0.5)

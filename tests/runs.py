@@ -1,0 +1,160 @@
+"""Tiny corpora, configurations and runs: what the tests of the loop, of checkpoints and of the runner share."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import checkpoint
+from engine.corpus import CharTokenizer, write_corpus
+from engine.data import Corpus
+from engine.loop import Run, Stopped
+from engine.tracking import Metrics
+from lab.listing import open_listing
+from train_args import Config, with_vocabulary
+
+UNSEEN = "#"  # a character that only the validation split has
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "home", "but", "not", "at", "night"]
+CLOCKS = ("seconds", "tokens_per_second")
+PLUGIN = '''
+"""Variations with which tests reach into trials: they wait, raise or die at an iteration when a file asks for it."""
+import os, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+from core.options import opt
+from variations.activation import ACTIVATIONS
+from variations.activation.elementwise import GELU
+from variations.schedule import SCHEDULES
+from variations.schedule.shapes import Cosine, Decay
+
+@dataclass(frozen=True)
+class PointsOptions(Decay):
+    """Options of points."""
+    label: str = opt("a", "Which files are meant.")
+
+class Points(Cosine):
+    """Formula: cosine. While $POINTS/LABEL-I.hold exists, iteration I waits; it says so in LABEL-I.pid, and in LABEL-I.asked
+    once the process was asked to stop."""
+    Options = PointsOptions
+
+    def multiplier(self, i):
+        folder, name = Path(os.environ.get("POINTS", "/nowhere")), f"{self.options.label}-{i}"
+        while (folder / f"{name}.hold").exists():
+            if not (folder / f"{name}.pid").exists():
+                (folder / f"{name}.part").write_text(str(os.getpid()))
+                (folder / f"{name}.part").rename(folder / f"{name}.pid")
+            flag = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            if flag is not None and flag():
+                (folder / f"{name}.asked").touch()
+            time.sleep(0.005)
+        if self.options.label == "dying" and i == 4:
+            print("last words", flush=True)
+            os._exit(3)
+        return super().multiplier(i)
+
+class Angry(GELU):
+    """Formula: none, it raises."""
+    def forward(self, x):
+        raise RuntimeError("no activation today")
+
+SCHEDULES["points"] = Points
+ACTIVATIONS["angry"] = Angry
+'''
+
+
+def tiny_corpus(root: Path, tokens: int = 20_000) -> Path:
+    """Random words as the corpus `tiny` below `root`; the last tenth is for validation."""
+    chosen = np.random.default_rng(0).choice(WORDS, tokens // 4)
+    text = " ".join(chosen)[:tokens]
+    tokenizer = CharTokenizer.of(text + UNSEEN)
+    cut = len(text) * 9 // 10
+    chunks = [("train", tokenizer.encode(text[:cut])), ("val", tokenizer.encode(text[cut:]))]
+    write_corpus(root / "tiny" / "char", chunks, dataset="tiny", tokenizer=tokenizer, source="Random words.")
+    return root
+
+
+def tree(root: Path, **changes: Any) -> dict[str, Any]:
+    """A configuration of seconds over the corpus below `root`, for a YAML file. `changes`: by key with '__' for '.'."""
+    made: dict[str, Any] = {
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16},
+        "data": {"dataset": "tiny", "root": str(root)},
+        "train": {
+            "max_iters": 8,
+            "batch_size": 4,
+            "eval_interval": 4,
+            "eval_iters": 2,
+            "eval_batch_size": 8,
+            "log_interval": 2,
+            "checkpoint_interval": 3,
+            "device": "cpu",
+        },
+        "optimizer": {"variant": "adamw", "learning_rate": 0.01},
+        "tracking": {"wandb": {"mode": "off"}},
+    }
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        node = made
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return made
+
+
+def write(file: Path, content: Mapping[str, Any]) -> Path:
+    """A configuration file; JSON is YAML."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def read(root: Path, **changes: Any) -> tuple[Config, Corpus]:
+    """The configuration and corpus of `tree(root, ...)`."""
+    listing = open_listing(write(root / "read.yaml", tree(root, **changes)), [])
+    config = listing.runs[0].config
+    corpus: Corpus = listing.reader.corpus(config.data)
+    return with_vocabulary(config, corpus.meta.vocab_size), corpus
+
+
+def make(folder: Path, config: Config, corpus: Corpus) -> Run:
+    """A run in `folder`, continued where it holds a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(config, corpus, folder, torch.device("cpu"))
+
+
+def drive(run: Run, stop: Callable[[], bool] = lambda: False) -> str:
+    """Trains with metrics.jsonl written as a trial does. Returns how it ended: done, diverged or stopped."""
+    saved = checkpoint.latest(run.folder / "checkpoint")
+    metrics = Metrics(run.folder / "metrics.jsonl", keep_to=saved.state["iter"] if saved else None)
+    try:
+        return run.run(metrics, lambda state, evaluated: None, stop)  # type: ignore[arg-type]
+    except Stopped:
+        return "stopped"
+    finally:
+        metrics.close()
+
+
+def clockless(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: copy.copy(value) for key, value in record.items() if key not in CLOCKS}
+
+
+def records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times; strict JSON, so NaN is an error."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    made = [clockless(json.loads(line, parse_constant=refuse)) for line in lines]
+    return [record for record in made if kind in (None, record["kind"])]
+
+
+def saved_bytes(folder: Path) -> dict[str, bytes]:
+    """The newest checkpoint's tensors, as files."""
+    newest = max((folder / "checkpoint").iterdir())
+    return {name: (newest / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}

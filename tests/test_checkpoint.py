@@ -1,0 +1,218 @@
+"""Checkpoints: whole or not at all, the newest that can be read, tensors and plain data only."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from core.yaml_files import ConfigError
+from engine import checkpoint
+from engine.checkpoint import latest, load_weights, save, weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def state(iteration: int) -> dict[str, Any]:
+    return {"iter": iteration, "best_val_loss": None, "pending": [0.1]}
+
+
+def tensors(value: float) -> dict[str, Tensor]:
+    return {"w": torch.full((3, 4), value), "scalar": torch.tensor(value), "strided": torch.arange(6.0).view(2, 3).T}
+
+
+def put(root: Path, *iterations: int) -> None:
+    for i in iterations:
+        save(root, i, tensors(i), {"exp_avg/w": torch.full((3, 4), -float(i))}, state(i))
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    put(tmp_path, 7)
+    found = latest(tmp_path)
+    assert found is not None and found.state == state(7)
+    for name, tensor in tensors(7).items():
+        assert torch.equal(found.model()[name], tensor)
+    assert torch.equal(found.optimizer()["exp_avg/w"], torch.full((3, 4), -7.0))
+    assert latest(tmp_path / "nothing") is None
+
+
+def test_the_newest_two_are_kept_in_the_order_of_numbers(tmp_path: Path) -> None:
+    put(tmp_path, 3, 6, 9)
+    assert names(tmp_path) == ["00000006", "00000009"]
+    put(
+        tmp_path, 99_999_999, 123_456_789, 100_000_004
+    )  # the last is earlier: what lay after it is a past that was left
+    assert names(tmp_path) == ["100000004", "99999999"]
+    found = latest(tmp_path)
+    assert found is not None and found.state["iter"] == 100_000_004
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_save_that_fails_leaves_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    put(tmp_path, 3)
+    calls: list[Path] = []
+
+    def failing(content: dict[str, Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == call + 1:
+            path.write_bytes(b"half of")
+            raise OSError("No space left on device")
+        save_file(content, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", failing)
+        with pytest.raises(OSError, match="No space"):
+            put(tmp_path, 6)
+    found = latest(tmp_path)
+    assert found is not None and found.state["iter"] == 3
+    put(tmp_path, 6)
+    assert names(tmp_path) == ["00000003", "00000006"], "nothing half written is left"
+
+
+def test_a_save_that_dies_before_its_rename_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            put(tmp_path, 6)
+    found = latest(tmp_path)
+    assert found is not None and found.state["iter"] == 3
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_one_falls_back_to_the_one_before(tmp_path: Path, part: str, damage: str) -> None:
+    put(tmp_path, 3, 6)
+    file = tmp_path / "00000006" / part
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "empty":
+        os.truncate(file, 0)
+    else:
+        file.unlink()
+    found = latest(tmp_path)
+    assert found is not None and found.state["iter"] == 3
+    assert torch.equal(found.model()["w"], torch.full((3, 4), 3.0))
+    put(tmp_path, 5)
+    assert names(tmp_path) == ["00000003", "00000005"], "the damaged one is gone and does not count among the two"
+
+
+def test_state_is_strict_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        save(tmp_path, 1, tensors(1), {}, {"iter": 1, "train_loss": float("nan")})
+    (tmp_path / "00000004").mkdir()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "00000002").mkdir()
+    for name in ("model", "optimizer"):
+        save_file({}, tmp_path / "00000002" / f"{name}.safetensors")
+    (tmp_path / "00000002" / "state.json").write_text(json.dumps(["no mapping"]))
+    assert latest(tmp_path) is None
+
+
+class Tied(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(width)
+        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+
+def test_a_tied_weight_is_saved_once() -> None:
+    model = Tied()
+    assert set(weights(model)) == {
+        "first.weight",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
+    other = Tied()
+    load_weights(other, {name: tensor.clone() for name, tensor in weights(model).items()})
+    assert torch.equal(other.second.weight, model.first.weight)
+    assert other.second.weight is other.first.weight
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    model = Tied()
+    saved = {name: tensor.clone() for name, tensor in weights(Tied(5)).items()}
+    saved["extra"] = saved.pop("norm.bias")
+    before = model.first.weight.clone()
+    with pytest.raises(ValueError) as error:
+        load_weights(model, saved)
+    told = str(error.value)
+    assert "missing norm.bias" in told and "left over extra" in told and "first.weight is [5, 5], not [4, 4]" in told
+    assert torch.equal(model.first.weight, before), "nothing was loaded"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return runs.tiny_corpus(tmp_path / "data")
+
+
+def test_a_run_does_not_continue_another_model(root: Path, tmp_path: Path) -> None:
+    config, corpus = runs.read(root, train__max_iters=1)
+    assert runs.drive(runs.make(tmp_path / "run", config, corpus)) == "done"
+    wider, _ = runs.read(root, train__max_iters=1, model__n_embd=32)
+    with pytest.raises(ConfigError, match=r"weights are of another model: .* not \[.*Remove .*checkpoint to start"):
+        runs.make(tmp_path / "run", wider, corpus)
+    muon, _ = runs.read(root, train__max_iters=1, optimizer={"variant": "muon"})
+    with pytest.raises(ConfigError, match="optimizer state is of another model: missing momentum/"):
+        runs.make(tmp_path / "run", muon, corpus)
+    file = next((tmp_path / "run/checkpoint").glob("*/state.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unknown": 1}))
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'unknown'"):
+        runs.make(tmp_path / "run", config, corpus)
+
+
+def test_a_run_with_a_truncated_checkpoint_is_still_the_undisturbed_one(root: Path, tmp_path: Path) -> None:
+    config, corpus = runs.read(root)
+    assert runs.drive(runs.make(tmp_path / "whole", config, corpus)) == "done"
+    first = runs.make(tmp_path / "parts", config, corpus)
+    assert runs.drive(first, lambda: first.state.iter == 5) == "stopped"
+    file = tmp_path / "parts/checkpoint/00000005/model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    second = runs.make(tmp_path / "parts", config, corpus)
+    assert second.state.iter == 3
+    assert runs.drive(second) == "done"
+    assert runs.saved_bytes(tmp_path / "parts") == runs.saved_bytes(tmp_path / "whole")
+    assert runs.records(tmp_path / "parts") == runs.records(tmp_path / "whole")
+
+
+def test_a_run_s_checkpoint_holds_tensors_and_plain_data(root: Path, tmp_path: Path) -> None:
+    config, corpus = runs.read(root, train__max_iters=3, model__dropout=0.1)
+    run = runs.make(tmp_path / "run", config, corpus)
+    assert runs.drive(run) == "done"
+    folders = sorted((tmp_path / "run/checkpoint").iterdir())
+    assert [folder.name for folder in folders] == ["00000003"]
+    assert names(folders[0]) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    saved = load_file(folders[0] / "model.safetensors")
+    assert "head.weight" not in saved and "wte.weight" in saved, "the tied weight has one name"
+    assert sum(t.numel() for t in saved.values()) == run.result()["parameters"]
+    optimizer = load_file(folders[0] / "optimizer.safetensors")
+    assert set(optimizer) == {f"{kind}/{name}" for name in saved for kind in ("exp_avg", "exp_avg_sq")}
+
+
+def test_nothing_here_can_run_code_from_a_file() -> None:
+    """No pickle: neither the module nor torch's functions that use it."""
+    for folder in ("core", "engine", "lab"):
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {"pickle", "marshal", "shelve", "joblib"} & {name.split(".")[0] for name in imported}, path
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                    assert node.attr not in ("load", "save"), path
