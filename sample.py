@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convert.gains import fold_gains
+from core.weights import load_weights
 from core.yaml_files import ConfigError
 from engine import checkpoint
 from engine.corpus import Tokenizer, load_tokenizer
@@ -32,7 +33,7 @@ def load(folder: Path, device: torch.device, plugins: bool) -> tuple[GPT, Tokeni
     if saved is None:
         raise ConfigError(f"{folder} has no checkpoint yet.")
     model = build(with_vocabulary(config, corpus.meta.vocab_size).model, 0, device)
-    checkpoint.load_weights(model, saved.model())
+    load_weights(model, saved.model())
     return model.eval(), load_tokenizer(corpus.folder)
 
 

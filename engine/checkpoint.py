@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from core.weights import saved_folders
 
 KEPT = 2
 PARTS = ("model", "optimizer")
@@ -36,38 +36,6 @@ class Checkpoint:
 
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.folder / "optimizer.safetensors")
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the state dict once: a tied weight under its first name."""
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if tensor.numel() == 0 or seen.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name) == name
-    }
-
-
-def compare(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError that lists what is missing, left over, or of another shape."""
-    wrong = [f"missing {n}" for n in own if n not in saved] + [f"left over {n}" for n in saved if n not in own]
-    wrong += [
-        f"{n} is {list(saved[n].shape)}, not {list(t.shape)}"
-        for n, t in own.items()
-        if n in saved and saved[n].shape != t.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"the saved {what} of another model: {'; '.join(wrong[:8])}{more}")
-
-
-def load_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Fills the model. Raises ValueError that lists what is missing, left over, or of another shape."""
-    own = weights(model)
-    compare(own, saved, "weights are")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
 
 
 def save(
@@ -90,8 +58,8 @@ def save(
         shutil.rmtree(final)
     part.rename(final)
     _sync(root)
-    valid = [folder for folder in _saved(root) if int(folder.name) <= iteration]
-    for old in {*_saved(root)} - {*valid[-KEPT:]}:
+    valid = [folder for folder in saved_folders(root) if int(folder.name) <= iteration]
+    for old in {*saved_folders(root)} - {*valid[-KEPT:]}:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -104,14 +72,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _saved(root: Path) -> list[Path]:
-    found = [p for p in root.glob("[0-9]*") if p.name.isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name))
-
-
 def latest(root: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None. Its tensors are read when they are asked for."""
-    for folder in reversed(_saved(root)):
+    for folder in reversed(saved_folders(root)):
         try:
             state = json.loads((folder / "state.json").read_text())
             for name in PARTS:

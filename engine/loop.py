@@ -14,6 +14,7 @@ from torch import Tensor
 
 import variations
 from core.slices import declared
+from core.weights import compare, load_weights, weights
 from core.yaml_files import ConfigError
 from engine import checkpoint
 from engine.data import Batches, Corpus, gather, windows
@@ -86,9 +87,9 @@ class Run:
             return
         try:
             self.state = State(**saved.state)
-            checkpoint.load_weights(self.plain, saved.model())
+            load_weights(self.plain, saved.model())
             moments = saved.optimizer()
-            checkpoint.compare(self.optimizers.state(), moments, "optimizer state is")
+            compare(self.optimizers.state(), moments, "optimizer state is")
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{saved.folder}: {error}. Remove {saved.folder.parent} to start the run anew."
@@ -101,7 +102,7 @@ class Run:
         checkpoint.save(
             self.folder / "checkpoint",
             self.state.iter,
-            checkpoint.weights(self.plain),
+            weights(self.plain),
             self.optimizers.state(),
             vars(self.state),
         )

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from core.weights import load_weights, weights
 from core.yaml_files import ConfigError
 from engine import checkpoint
-from engine.checkpoint import latest, load_weights, save, weights
+from engine.checkpoint import latest, save
 
 ROOT = Path(__file__).parents[1]
 

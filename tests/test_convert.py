@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file
+from shipped import small_corpora
 
+import convert.__main__
+import train
 from convert.effective import effective_weights
 from convert.gains import fold_gains
 from core.options import Reader
@@ -92,3 +97,23 @@ def test_effective_weights_are_what_multiplies() -> None:
             if name in names:
                 names[name].copy_(value)
     torch.testing.assert_close(plain(TOKENS)[0], made(TOKENS)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_is_exported_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, words = small_corpora(tmp_path / "data"), ["model.n_layer=1", "model.n_embd=16", "model.n_head=2"]
+    words += ["train.max_iters=2", "train.eval_iters=1", "tracking.wandb.mode=off", "model.linear=pkl"]
+    words += [
+        "model.embedding={variant: pkl, scale: 0.5}",
+        "model.head={variant: pkl, scale: 0.5}",
+        "model.norm=rmsnorm",
+    ]
+    assert train.main([*words, f"data.root={data}", f"runner.root={tmp_path}/runs"]) == 0
+    (run,) = (p.parent for p in tmp_path.glob("runs/*/*/result.json"))
+    assert convert.__main__.main(["effective", str(run), str(tmp_path / "plain.safetensors"), "--fold-gains"]) == 0
+    assert "h.0.ln_1" in capsys.readouterr().out
+    made = load_file(tmp_path / "plain.safetensors")
+    (saved,) = (load_file(p) for p in run.glob("checkpoint/*2/model.safetensors"))
+    assert torch.equal(made["wte.weight"], saved["wte.weight"][0] + 0.5 * saved["wte.weight"][1])
+    assert torch.equal(made["head.weight"], made["wte.weight"]) and made["h.0.attn.qkv.weight"].shape == (48, 16)
+    assert convert.__main__.main(["effective", str(tmp_path), str(tmp_path / "x.safetensors")]) == 2
+    assert not (tmp_path / "x.safetensors").exists() and "config.yaml" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The tensors of a model by name: each once, compared and filled strictly; and where checkpoints hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the state dict once: a tied weight under its first name."""
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if tensor.numel() == 0 or seen.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name) == name
+    }
+
+
+def compare(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError that lists what is missing, left over, or of another shape."""
+    wrong = [f"missing {n}" for n in own if n not in saved] + [f"left over {n}" for n in saved if n not in own]
+    wrong += [
+        f"{n} is {list(saved[n].shape)}, not {list(t.shape)}"
+        for n, t in own.items()
+        if n in saved and saved[n].shape != t.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"the saved {what} of another model: {'; '.join(wrong[:8])}{more}")
+
+
+def load_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Fills the model. Raises ValueError that lists what is missing, left over, or of another shape."""
+    own = weights(model)
+    compare(own, saved, "weights are")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def saved_folders(root: Path) -> list[Path]:
+    """The folders of a run's checkpoints below `root`, oldest first; each is named after its iteration."""
+    found = [p for p in root.glob("[0-9]*") if p.name.isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
