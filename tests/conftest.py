@@ -52,27 +52,27 @@ class Desk:
         path = self.presets / f"{name}.yaml"
         path.write_text(f"# @package _global_\n{path.read_text()}")
 
-    def list(self, text: str, *words: str, name: str = "x.yaml") -> Listing:
+    def listed(self, text: str, *words: str, name: str = "x.yaml") -> Listing:
         """What a file stands for."""
         return open_listing(self.write(text, name), words)
 
     def config(self, text: str, *words: str) -> Any:
         """The configuration of a file without a sweep."""
-        (run,) = self.list(text, *words).runs
+        (run,) = self.listed(text, *words).runs
         return run.config
 
     def wrong(self, text: str, *words: str, name: str = "x.yaml") -> list[str]:
         """Every sentence about a file that is refused. File names in them are relative to the folder."""
         with pytest.raises(ConfigError) as caught:
-            self.list(text, *words, name=name)
+            self.listed(text, *words, name=name)
         return caught.value.sentences
 
     def values(self, text: str, key: str, *words: str) -> list[Any]:
         """What a key holds in every run, in their order."""
-        return [dig(run.config, key) for run in self.list(text, *words).runs]
+        return [dig(run.config, key) for run in self.listed(text, *words).runs]
 
     def cells(self, text: str, *words: str) -> list[str]:
-        return [run.cell for run in self.list(text, *words).runs]
+        return [run.cell for run in self.listed(text, *words).runs]
 
     def nothing_made(self) -> bool:
         """Whether the folder holds no more than what a test wrote."""

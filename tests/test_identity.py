@@ -27,7 +27,7 @@ PLUGIN = "from variations.norm import NORMS\nfrom variations.norm.none import No
 
 
 def only(desk: Desk, text: str, *words: str, name: str = "x.yaml") -> Run:
-    (run,) = desk.list(text, *words, name=name).runs
+    (run,) = desk.listed(text, *words, name=name).runs
     return run
 
 
@@ -70,20 +70,20 @@ def test_the_order_of_a_named_table_counts(desk: Desk) -> None:
 
 
 def test_the_hash_is_in_the_run_id_and_alone_is_the_identity(desk: Desk) -> None:
-    listing = desk.list("sweep: {grid: {train.batch_size: [1, 2]}}")
+    listing = desk.listed("sweep: {grid: {train.batch_size: [1, 2]}}")
     assert [listing.ids[run.hash] for run in listing.runs] == [
         f"batch_size={n}-{run.hash}" for n, run in zip((1, 2), listing.runs, strict=True)
     ]
     assert all(len(run.hash) == 10 and int(run.hash, 16) >= 0 for run in listing.runs)
-    alone = desk.list("train: {batch_size: 2}")
+    alone = desk.listed("train: {batch_size: 2}")
     assert alone.runs[0].hash == listing.runs[1].hash and alone.ids[alone.runs[0].hash].startswith("run-")
 
 
 def test_the_label_of_a_folder_that_is_there_is_kept(desk: Desk) -> None:
-    listing = desk.list("sweep: {grid: {train.batch_size: [1, 2]}}")
+    listing = desk.listed("sweep: {grid: {train.batch_size: [1, 2]}}")
     (desk.folder / "runs" / "x" / f"an_old-label-{listing.runs[1].hash}").mkdir(parents=True)
     (desk.folder / "runs" / "x" / f"{listing.runs[0].hash}").write_text("a file is no folder")
-    again = desk.list("sweep: {grid: {train.batch_size: [1, 2]}}")
+    again = desk.listed("sweep: {grid: {train.batch_size: [1, 2]}}")
     assert again.ids[again.runs[1].hash] == f"an_old-label-{listing.runs[1].hash}"
     assert again.ids[again.runs[0].hash] == listing.ids[listing.runs[0].hash]
     (again.path(again.runs[1]) / "result.json").write_text('{"status": "done"}')
@@ -91,12 +91,12 @@ def test_the_label_of_a_folder_that_is_there_is_kept(desk: Desk) -> None:
 
 
 def test_labels_are_safe_and_short(desk: Desk) -> None:
-    listing = desk.list(
+    listing = desk.listed(
         'sweep: {grid: {tracking.wandb.tags: [["../../x y", "ä/b"]], model.norm: [{variant: rmsnorm, eps: 0.1}]}}'
     )
     (name,) = listing.ids.values()
     assert "/" not in name and " " not in name and name.isascii() and "norm=rmsnorm" in name
-    long = desk.list(f"sweep: {{cases: {{{'x' * 300}: {{}}}}}}")
+    long = desk.listed(f"sweep: {{cases: {{{'x' * 300}: {{}}}}}}")
     assert len(next(iter(long.ids.values()))) <= 71
 
 
@@ -184,7 +184,7 @@ def options(cls: type) -> Iterator[tuple[str, bool, Any]]:
 
 
 def test_every_hashed_option_changes_the_hash_and_no_other_does(desk: Desk) -> None:
-    reader = desk.list("{}").reader
+    reader = desk.listed("{}").reader
     default = Reader(CATALOGUE).read(Config, {})
     hashes = {reader.identity(default)[0]: "the default"}
     seen = []
@@ -223,12 +223,12 @@ def test_options_that_go_elsewhere_are_the_ones_the_grammar_names() -> None:
 
 def test_combinations_of_two_values_never_meet(desk: Desk) -> None:
     keys = ("train.batch_size", "train.eval_iters", "train.seed", "train.eval_interval")
-    listing = desk.list(f"sweep: {{grid: {{{', '.join(f'{key}: [1, 11]' for key in keys)}}}}}")
+    listing = desk.listed(f"sweep: {{grid: {{{', '.join(f'{key}: [1, 11]' for key in keys)}}}}}")
     assert len({run.hash for run in listing.runs}) == 16 and len(set(listing.ids.values())) == 16
 
 
 def test_a_run_folder_is_read_back_as_the_run_that_was_listed(desk: Desk) -> None:
-    listing = desk.list("model: {sites: {x: {match: ln_f, norm: none}}}\nsweep: {grid: {optimizer: [adamw, muon]}}")
+    listing = desk.listed("model: {sites: {x: {match: ln_f, norm: none}}}\nsweep: {grid: {optimizer: [adamw, muon]}}")
     for run in listing.runs:
         folder = listing.path(run)
         folder.mkdir(parents=True)

@@ -282,13 +282,13 @@ def mutated(tree: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("block", range(4))
 def test_a_mutated_file_is_read_or_refused_in_sentences(desk: Desk, block: int) -> None:
     desk.preset("more", "train: {eval_batch_size: 3}")
-    assert len(desk.list(VALID).runs) == 128
+    assert len(desk.listed(VALID).runs) == 128
     tree, rng = load_text(VALID, "x").tree, random.Random(block)
     ended = {"read": 0, "refused": 0}
     for _ in range(60):
         text = dump(mutated(tree, rng))
         try:
-            listing = desk.list(text)
+            listing = desk.listed(text)
             ended["read"] += 1
             assert len(set(listing.ids.values())) == len(listing.runs) > 0
         except ConfigError as error:

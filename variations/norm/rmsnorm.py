@@ -35,5 +35,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is not None:
-            x = x.to(self.weight.dtype)  # under autocast: the kernel wants one dtype, and layer_norm computes in float32 there too
+            # Under autocast: the fused kernel wants one dtype, and layer_norm computes in float32 there too.
+            x = x.to(self.weight.dtype)
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
