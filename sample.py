@@ -70,8 +70,8 @@ def first_tokens(tokenizer: Tokenizer, prompt: str) -> Tensor:
         shown = ", ".join(repr(c) for c in unknown[:20])
         raise ConfigError(f"--prompt: the tokenizer of this run's data has no {shown}.")
     text = prompt or ("\n" if not tokenizer.unknown("\n") else "")
-    ids = tokenizer.encode(text) if text else []
-    return torch.tensor([[int(i) for i in ids] or [0]], dtype=torch.int64)
+    ids = [int(i) for i in tokenizer.encode(text)] if text else [0]
+    return torch.tensor([ids], dtype=torch.int64)
 
 
 def main(words: list[str]) -> int:

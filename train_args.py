@@ -121,6 +121,7 @@ class RunInfo:
     run_id: str = opt("", "Label and hash.")
     cell: str = opt("", "The run without its seed.")
     changed: dict[str, Any] = opt({}, "What the sweep set.")
+    swept: tuple[str, ...] = opt((), "Every key that differs somewhere in the sweep.")
     content: dict[str, str] = opt({}, "Hashes of the data and plugins that the run was made with.")
     wandb: str = opt("off", "The tracking mode that the sweep resolved.")
 

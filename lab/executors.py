@@ -70,13 +70,8 @@ class LocalExecutor:
     def _spawn(self, folder: Path, slot: Slot, lock: IO[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": str(slot.threads), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        words = [
-            sys.executable,
-            "-P",
-            "-m",
-            "lab.worker",
-            str(folder),
-        ]  # -P: no module of the current folder is taken for ours
+        # -P: a module of the current folder is not taken for one of ours.
+        words = [sys.executable, "-P", "-m", "lab.worker", str(folder)]
         words += ["--device", slot.device, "--threads", str(slot.threads), "--lock", str(lock.fileno())]
         with (folder / f"attempt-{attempts(folder) + 1}.log").open("wb") as log:
             # A session of its own: Ctrl-C reaches the runner alone, which then asks its trials to stop.

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path as File
 from typing import Any
 
@@ -64,11 +65,16 @@ class Listing:
     def pending(self) -> list[Run]:
         return [run for run in self.runs if self.status(run) not in ENDED]
 
+    @cached_property
+    def swept(self) -> tuple[str, ...]:
+        """Every key that differs somewhere in the sweep."""
+        return tuple(dict.fromkeys(key for run in self.runs for key in run.changed))
+
     def info(self, run: Run, wandb: str) -> RunInfo:
         """What a run's config.yaml says of its place in the sweep."""
         content = {"data": self.reader.corpus(run.config.data).meta.content_hash, **self.reader.plugins}
         changed = {k: plain(v) for k, v in run.changed.items()}
-        return RunInfo(self.ids[run.hash], run.cell, changed, content, wandb)
+        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, content, wandb)
 
     def settle(self) -> None:
         """Moves corpora that were prepared on the way to their place."""
@@ -104,6 +110,10 @@ def open_listing(file: File | None, words: Sequence[str]) -> Listing:
     expansion, found = expand(base, sweep, pins, reader, lambda t, path: default_value(CATALOGUE, t, path))
     # What a sweep says in vain follows from what is wrong in it, and is told once that is mended.
     mistakes += [_hinted(m, composed) for m in found if not mistakes or m.path[:1] != ("sweep",)]
+    names = list(dict.fromkeys(run.config.name for run in expansion.runs))
+    if len(names) > 1:
+        text = f"it must be one for all runs, not {', '.join(map(repr, names[:3]))}"
+        mistakes.append(Mistake(("name",), text))
     if mistakes:
         raise ConfigError(*_shortened(sentences(mistakes, composed.place)))
     first = expansion.runs[0].config

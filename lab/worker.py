@@ -141,10 +141,10 @@ def run_trial(folder: Path, *, device: str | None = None, stop: Callable[[], boo
         lock.flush()
         trial = _Trial(folder)
         code = trial.attempt(device, stop)
-        if trial.tracker is not None:
-            trial.tracker.finish(None if code == STOPPED else trial.result)
         if code != STOPPED:
             write_result(folder, trial.result)
+        if trial.tracker is not None:
+            trial.tracker.finish(None if code == STOPPED else trial.result)  # may wait for uploads: after the result
     return code
 
 
@@ -195,6 +195,8 @@ class _Trial:
             cell=config.run.cell,
             seed=config.train.seed,
             changed=config.run.changed,
+            swept=config.run.swept,
+            swept=config.run.swept,
             full_config=plain(config),
             keep_to=saved.state["iter"] if saved else None,
         )

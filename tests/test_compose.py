@@ -351,6 +351,8 @@ def test_without_a_name_it_is_the_files_own(desk: Desk) -> None:
     assert desk.listed("{}", "name=other").name == "other"
     (told,) = desk.wrong("{}", name="my run.yaml")
     assert told.startswith("name: 'my run' is not made of") and "my run.yaml" in told
+    swept = 'name: "n${model.n_layer}"\nsweep: {grid: {model.n_layer: [1, 2]}}'
+    assert desk.wrong(swept) == ["name: it must be one for all runs, not 'n1', 'n2' (x.yaml:1)."]
     assert desk.wrong("name: 2024") == ["name: 2024 is not text (x.yaml:1). Put it in quotes."]
 
 

@@ -99,7 +99,7 @@ def test_every_forward_pass_drops_something_else(root: Path, tmp_path: Path) -> 
         run = runs.make(tmp_path / str(seed), config, corpus)
         seen = keys[seed] = []
         run.plain.drop.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.append(int(module.key)) if module.training else None  # type: ignore[misc]
+            lambda module, args, seen=seen: seen.append(int(module.key)) if module.training else None
         )
         assert runs.drive(run) == "done"
     assert len(keys[1]) == len(keys[2]) == 6

@@ -5,6 +5,7 @@ Trials wait at an iteration while a file exists (see PLUGIN in runs.py), so noth
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -86,8 +87,15 @@ class Lab:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A runner in a process of its own, in a folder that is not the repository."""
         command = [sys.executable, str(ROOT / "train.py"), *(words or ("--config", str(self.file)))]
-        out = subprocess.PIPE
-        process = subprocess.Popen(command, cwd=self.home, env=self.environment, text=True, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            command,
+            cwd=self.home,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         self.started.append(process)
         return process
 
@@ -257,7 +265,7 @@ def test_ctrl_c_stops_at_a_checkpoint_and_the_same_command_continues(
     assert f"another runner is at work on this sweep (process {runner.pid}" in capsys.readouterr().err
     assert lab_main.main(["status", str(lab.folder)]) == 0
     assert "2 running" in capsys.readouterr().out
-    runner.send_signal(signal.SIGINT)
+    os.killpg(runner.pid, signal.SIGINT)  # as a terminal does
     lab.asked("a-4")
     lab.asked("b-3")
     lab.release("a-4", "b-3")
@@ -309,10 +317,10 @@ def test_a_second_ctrl_c_ends_at_once(lab: Lab) -> None:
     lab.hold("a-4")
     runner = lab.start()
     trial = lab.reached("a-4")
-    runner.send_signal(signal.SIGINT)
+    os.killpg(runner.pid, signal.SIGINT)  # as a terminal does
     lab.asked("a-4")
     assert alive(trial), "it may save first"
-    runner.send_signal(signal.SIGINT)
+    os.killpg(runner.pid, signal.SIGINT)  # as a terminal does
     out, _ = runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 75 and "Ctrl-C again ends them at once" in out
     assert not alive(trial) and not (lab.run("a") / "result.json").exists()
@@ -497,7 +505,9 @@ def test_a_lock_belongs_to_whoever_has_it_open(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.wait()
-    assert store.holder(tmp_path) is None
+    with (tmp_path / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert store.holder(tmp_path) is None, "who only looks is not in the way of another who does"
     again = store.hold(tmp_path)
     assert again is not None and (tmp_path / ".lock").read_text() == ""
     again.close()
