@@ -196,7 +196,6 @@ class _Trial:
             seed=config.train.seed,
             changed=config.run.changed,
             swept=config.run.swept,
-            swept=config.run.swept,
             full_config=plain(config),
             keep_to=saved.state["iter"] if saved else None,
         )
