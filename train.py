@@ -11,6 +11,7 @@ from typing import Any
 
 from core.options import describe, nearest, options_of, plain, walk
 from core.yaml_files import ConfigError
+from lab.process import begin, leave
 
 FAILED, WRONG, STOPPED = 1, 2, 75
 
@@ -153,4 +154,5 @@ def list_catalogue(kind: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    begin()
+    leave(main(sys.argv[1:]))

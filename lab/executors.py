@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from lab.plan import Slot
+from lab.process import begin
 from lab.store import attempts, hold, holder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -69,6 +70,7 @@ class LocalExecutor:
 
     def _spawn(self, folder: Path, slot: Slot, lock: IO[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": str(slot.threads), "PYTHONUNBUFFERED": "1"}
+        begin(environment)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         # -P: a module of the current folder is not taken for one of ours.
         words = [sys.executable, "-P", "-m", "lab.worker", str(folder)]

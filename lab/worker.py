@@ -24,6 +24,7 @@ from engine.device import pick, provenance
 from engine.loop import Run, State, Stopped
 from engine.tracking import Tracker
 from lab.listing import load_run
+from lab.process import leave
 from lab.store import attempts, hold, progress, write_atomically
 from train_args import Config, with_vocabulary
 
@@ -253,4 +254,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import train
 from engine import checkpoint
 from engine.corpus import CharTokenizer, write_corpus
 from engine.data import Corpus
 from engine.loop import Run, Stopped
 from engine.tracking import Metrics
+from lab import store
 from lab.listing import open_listing
 from train_args import Config, with_vocabulary
 
+ROOT = Path(__file__).parents[1]
+PATIENCE = 90.0  # seconds until a test gives up
 UNSEEN = "#"  # a character that only the validation split has
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "home", "but", "not", "at", "night"]
 CLOCKS = ("seconds", "tokens_per_second")
@@ -158,3 +169,125 @@ def saved_bytes(folder: Path) -> dict[str, bytes]:
     """The newest checkpoint's tensors, as files."""
     newest = max((folder / "checkpoint").iterdir())
     return {name: (newest / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+
+
+# Sweeps in processes of their own -----------------------------------------------------------------------------------------
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits for what another process does."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@dataclass
+class Lab:
+    """A folder with a sweep file over the plugin's labels; `points` holds the files that trials wait for."""
+
+    home: Path
+    data: Path
+    labels: tuple[str, ...] = ("a", "b")
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.points = self.home / "points"
+        self.points.mkdir(exist_ok=True)
+        (self.home / "extra.py").write_text(PLUGIN)
+        (self.home / "model.py").write_text("raise SystemExit('a module of the current folder was taken for ours')")
+
+    @property
+    def file(self) -> Path:
+        made = tree(self.data, name="s", plugins=["extra.py"], runner__root=str(self.home / "runs"))
+        made["train"] |= {"max_iters": 6, "eval_interval": 6}
+        made["schedule"] = {"variant": "points"}
+        made["sweep"] = {"grid": {"schedule.label": list(self.labels)}, "baseline": {"schedule.label": self.labels[0]}}
+        return write(self.home / "s.yaml", made)
+
+    @property
+    def folder(self) -> Path:
+        return self.home / "runs" / "s"
+
+    def run(self, label: str) -> Path:
+        return next(self.folder.glob(f"label={label}-*"))
+
+    def here(self, *words: str) -> int:
+        """A runner in this process."""
+        return train.main(["--config", str(self.file), *words])
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """A runner in a process of its own, in a folder that is not the repository."""
+        command = [sys.executable, str(ROOT / "train.py"), *(words or ("--config", str(self.file)))]
+        process = subprocess.Popen(
+            command,
+            cwd=self.home,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "POINTS": str(self.points)}
+
+    def hold(self, *names: str) -> None:
+        for name in names:
+            (self.points / f"{name}.hold").touch()
+
+    def release(self, *names: str) -> None:
+        for name in names:
+            (self.points / f"{name}.hold").unlink(missing_ok=True)
+
+    def reached(self, name: str) -> int:
+        """Waits until a trial stands at a held point; its process."""
+        until((self.points / f"{name}.pid").exists)
+        return int((self.points / f"{name}.pid").read_text())
+
+    def asked(self, name: str) -> None:
+        """Waits until the trial at a held point was asked to stop."""
+        until((self.points / f"{name}.asked").exists)
+
+    def result(self, label: str) -> dict[str, Any]:
+        made: dict[str, Any] = json.loads((self.run(label) / "result.json").read_text())
+        return made
+
+    def logs(self, label: str) -> list[str]:
+        return sorted(path.name for path in self.run(label).glob("attempt-*.log"))
+
+    def events(self) -> list[tuple[str, str, dict[str, Any]]]:
+        db = sqlite3.connect(self.folder / "sweep.db")
+        rows = db.execute("SELECT run_id, event, detail FROM events ORDER BY number").fetchall()
+        db.close()
+        return [(run_id, event, json.loads(detail)) for run_id, event, detail in rows]
+
+    def statuses(self) -> list[str]:
+        return [row.status for row in store.listed(self.folder / "sweep.db")]
+
+    def close(self) -> None:
+        """Leaves no process behind, whatever failed."""
+        for path in self.points.glob("*.hold"):
+            path.unlink()
+        for process in self.started:
+            process.kill()
+            process.communicate()
+
+
+def aside(act: Callable[[], None]) -> threading.Thread:
+    """Does something while the runner is at work in this thread."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

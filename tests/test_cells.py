@@ -130,6 +130,11 @@ def test_a_cell_is_a_run_without_its_seed(desk: Desk) -> None:
     assert (excluded.expansion.excluded, excluded.expansion.cells) == (1, 1)
 
 
+def test_a_case_that_sets_the_seed_pins_it_against_a_list(desk: Desk) -> None:
+    text = "sweep: {seeds: [1, 2], cases: {a: {}, b: {set: {train.seed: 9, model.n_layer: 1}}}}"
+    assert [(run.cell, run.seed) for run in desk.listed(text).runs] == [("a", 1), ("a", 2), ("b", 9)]
+
+
 def test_an_excluded_seed_excludes_no_cell(desk: Desk) -> None:
     listing = desk.listed("sweep: {seeds: 3, exclude: {train.seed: 1338}}")
     assert [run.seed for run in listing.runs] == [1337, 1339] and listing.expansion.excluded == 0
@@ -160,11 +165,11 @@ def test_names_are_shortest_suffixes_that_differ_in_the_whole_sweep(desk: Desk) 
 
 
 def test_different_cells_have_different_names(desk: Desk) -> None:
-    cells = desk.cells(
-        "sweep: {grid: {model.sites.x.match: [[ln_f], '[ln_f]']}}".replace("'[ln_f]'", "'ln_f'"),
-        "model.sites.x.norm=none",
+    twice = "model: {sites: {x: {norm: none, optional: true}}}\n" + grid(
+        '[["ln_f", "h"], ["ln_f, h"]]', "model.sites.x.match"
     )
-    assert len(set(cells)) == 2
+    one, two = desk.listed(twice).runs
+    assert one.cell == "match=[ln_f, h]" and two.cell == f"match=[ln_f, h] ({two.cell_hash[:4]})"
     listing = desk.listed(grid("[off, none, rmsnorm]", "model.norm"))
     assert [run.cell for run in listing.runs] == ["norm=false", "norm=rmsnorm"] and listing.expansion.duplicates == 1
     twins = desk.listed("sweep: {grid: {tracking.wandb.project: [a, b]}}")

@@ -5,33 +5,22 @@ Trials wait at an iteration while a file exists (see PLUGIN in runs.py), so noth
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import signal
-import sqlite3
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
+from runs import PATIENCE, Lab, alive, aside, until
 
 import train
 from lab import __main__ as lab_main
-from lab import store
-from lab.executors import LocalExecutor
-from lab.plan import Slot, slots
-from lab.worker import Console, StopFlag
+from variations import CATALOGUE
 
-ROOT = Path(__file__).parents[1]
-PATIENCE = 90.0  # seconds until a test gives up
 RUN_FILES = {".lock", "attempt-1.log", "checkpoint", "config.yaml", "metrics.jsonl", "result.json"}
 SWEEP_FILES = {".runner", "leaderboard.csv", "plots", "report.html", "sweep.db", "sweep.yaml"}
 RESULT = {
@@ -41,108 +30,17 @@ RESULT = {
 }
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Waits for what another process does."""
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-
-
-@dataclass
-class Lab:
-    """A folder with a sweep file over the plugin's labels; `points` holds the files that trials wait for."""
-
-    home: Path
-    data: Path
-    labels: tuple[str, ...] = ("a", "b")
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.home.mkdir(parents=True, exist_ok=True)
-        self.points = self.home / "points"
-        self.points.mkdir(exist_ok=True)
-        (self.home / "extra.py").write_text(runs.PLUGIN)
-        (self.home / "model.py").write_text("raise SystemExit('a module of the current folder was taken for ours')")
-
-    @property
-    def file(self) -> Path:
-        made = runs.tree(self.data, name="s", plugins=["extra.py"], runner__root=str(self.home / "runs"))
-        made["train"] |= {"max_iters": 6, "eval_interval": 6}
-        made["schedule"] = {"variant": "points"}
-        made["sweep"] = {"grid": {"schedule.label": list(self.labels)}, "baseline": {"schedule.label": self.labels[0]}}
-        return runs.write(self.home / "s.yaml", made)
-
-    @property
-    def folder(self) -> Path:
-        return self.home / "runs" / "s"
-
-    def run(self, label: str) -> Path:
-        return next(self.folder.glob(f"label={label}-*"))
-
-    def here(self, *words: str) -> int:
-        """A runner in this process."""
-        return train.main(["--config", str(self.file), *words])
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """A runner in a process of its own, in a folder that is not the repository."""
-        command = [sys.executable, str(ROOT / "train.py"), *(words or ("--config", str(self.file)))]
-        process = subprocess.Popen(
-            command,
-            cwd=self.home,
-            env=self.environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "POINTS": str(self.points)}
-
-    def hold(self, *names: str) -> None:
-        for name in names:
-            (self.points / f"{name}.hold").touch()
-
-    def release(self, *names: str) -> None:
-        for name in names:
-            (self.points / f"{name}.hold").unlink(missing_ok=True)
-
-    def reached(self, name: str) -> int:
-        """Waits until a trial stands at a held point; its process."""
-        until((self.points / f"{name}.pid").exists)
-        return int((self.points / f"{name}.pid").read_text())
-
-    def asked(self, name: str) -> None:
-        """Waits until the trial at a held point was asked to stop."""
-        until((self.points / f"{name}.asked").exists)
-
-    def result(self, label: str) -> dict[str, Any]:
-        made: dict[str, Any] = json.loads((self.run(label) / "result.json").read_text())
-        return made
-
-    def logs(self, label: str) -> list[str]:
-        return sorted(path.name for path in self.run(label).glob("attempt-*.log"))
-
-    def events(self) -> list[tuple[str, str, dict[str, Any]]]:
-        db = sqlite3.connect(self.folder / "sweep.db")
-        rows = db.execute("SELECT run_id, event, detail FROM events ORDER BY number").fetchall()
-        db.close()
-        return [(run_id, event, json.loads(detail)) for run_id, event, detail in rows]
-
-    def statuses(self) -> list[str]:
-        return [row.status for row in store.listed(self.folder / "sweep.db")]
-
-    def close(self) -> None:
-        """Leaves no process behind, whatever failed."""
-        for path in self.points.glob("*.hold"):
-            path.unlink()
-        for process in self.started:
-            process.kill()
-            process.communicate()
+@pytest.fixture(scope="module", autouse=True)
+def _catalogue() -> Iterator[None]:
+    """What the plugin adds to the dictionaries is gone after these tests."""
+    before = {kind: dict(known) for kind, known in CATALOGUE.items()}
+    yield
+    for kind, known in CATALOGUE.items():
+        assert isinstance(known, dict)
+        known.clear()
+        known.update(before[kind])
+    for name in [name for name in sys.modules if name.startswith("slicewise_plugin_")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +63,6 @@ def lab(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.chdir(made.home)
     yield made
     made.close()
-
-
-def aside(act: Callable[[], None]) -> threading.Thread:
-    """Does something while the runner is at work in this thread."""
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    return thread
 
 
 def same(lab: Lab, whole: Lab, *labels: str) -> None:
@@ -284,14 +175,6 @@ def test_ctrl_c_stops_at_a_checkpoint_and_the_same_command_continues(
     same(lab, whole, "a", "b")
 
 
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_trials_of_a_killed_runner_are_adopted(lab: Lab, whole: Lab) -> None:
     lab.hold("a-4", "b-4")
     runner = lab.start()
@@ -325,38 +208,6 @@ def test_a_second_ctrl_c_ends_at_once(lab: Lab) -> None:
     assert runner.returncode == 75 and "Ctrl-C again ends them at once" in out
     assert not alive(trial) and not (lab.run("a") / "result.json").exists()
     assert (lab.run("a") / "checkpoint/00000003").is_dir()
-
-
-STUBBORN = """
-import fcntl, os, signal, sys, time
-from pathlib import Path
-folder = Path(sys.argv[1])
-lock = (folder / ".lock").open("a+")
-fcntl.flock(lock, fcntl.LOCK_EX)
-signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch())
-lock.write(str(os.getpid()))
-lock.flush()
-(folder / "ready").touch()
-while True:
-    time.sleep(60)
-"""
-
-
-def test_an_adopted_trial_is_asked_and_then_ended(tmp_path: Path) -> None:
-    """It is no child of the runner, which knows it by its lock."""
-    trial = subprocess.Popen([sys.executable, "-c", STUBBORN, str(tmp_path)])
-    try:
-        until((tmp_path / "ready").exists)
-        executor = LocalExecutor([Slot("cpu", 1)])
-        assert executor.start(tmp_path).process is None and executor.free == []
-        assert store.holder(tmp_path) == trial.pid and list(executor.finished()) == []
-        executor.stop((tmp_path / "asked").exists)
-        assert trial.wait(PATIENCE) == -signal.SIGKILL and (tmp_path / "asked").exists()
-        assert [code for _, code in executor.finished()] == [0]
-        assert len(executor.free) == 1 and store.holder(tmp_path) is None
-    finally:
-        trial.kill()
-        trial.wait()
 
 
 def test_runs_that_fail_do_not_stop_the_others(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,96 +300,3 @@ def test_one_run_that_diverges(lab: Lab, data: Path, capsys: pytest.CaptureFixtu
     assert set(result) == RESULT and "NaN" not in text
     assert (result["status"], result["val_loss"]) == ("diverged", None) and 0 < result["iters"] <= 8
     assert runs.records(folder)[-1]["iter"] == result["iters"]
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_slots() -> None:
-    def plan(*devices: str, per_device: int | str = "auto", threads: int | None = None, trials: int = 9) -> list[Slot]:
-        return slots(devices, per_device, threads, cores=8, trials=trials)
-
-    assert plan("cpu") == [Slot("cpu", 1)] * 8
-    assert plan("cpu", trials=2) == [Slot("cpu", 4)] * 2
-    assert plan("cpu", trials=0) == [Slot("cpu", 8)]
-    assert plan("cpu", per_device=3) == [Slot("cpu", 2)] * 3
-    assert plan("cpu", threads=5, trials=1) == [Slot("cpu", 5)]
-    assert plan("cuda:0", "cuda:1") == [Slot("cuda:0", 4), Slot("cuda:1", 4)]
-    assert [s.device for s in plan("cuda:0", "cuda:1", per_device=2, trials=3)] == ["cuda:0", "cuda:1", "cuda:0"]
-
-
-def test_the_database_keeps_what_a_later_listing_leaves_out(tmp_path: Path) -> None:
-    def row(name: str, status: str = "waiting") -> store.Row:
-        return store.Row(name, f"run-{name}", "cell", 1, {"a.b": [1, None]}, name == "x", 10, status)
-
-    first = store.Store(tmp_path / "sweep.db")
-    first.list([row("x"), row("y")])
-    first.event("running", "run-x", device="cpu")
-    assert [r.status for r in store.listed(tmp_path / "sweep.db")] == ["running", "waiting"], "read beside the writer"
-    first.close()
-    second = store.Store(tmp_path / "sweep.db")
-    second.list([row("z", "done"), row("x")])
-    second.close()
-    assert store.listed(tmp_path / "sweep.db") == [row("z", "done"), row("x")]
-    db = sqlite3.connect(tmp_path / "sweep.db")
-    assert db.execute("SELECT run_id, event FROM events").fetchall() == [("run-x", "running")]
-    assert db.execute("SELECT count(*) FROM runs").fetchall() == [(3,)]
-    db.execute("PRAGMA user_version=0")
-    db.close()
-    third = store.Store(tmp_path / "sweep.db")  # of another version: listed anew, events kept
-    third.list([row("x")])
-    third.close()
-    assert store.listed(tmp_path / "sweep.db") == [row("x")]
-
-
-def test_a_lock_belongs_to_whoever_has_it_open(tmp_path: Path) -> None:
-    assert store.holder(tmp_path) is None
-    lock = store.hold(tmp_path)
-    assert lock is not None and store.hold(tmp_path) is None and store.holder(tmp_path) == 0
-    lock.write("123")
-    lock.flush()
-    assert store.holder(tmp_path) == 123 == store.holder(tmp_path)
-    child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
-    lock.close()
-    try:
-        assert store.holder(tmp_path) == 123, "the child has it still"
-    finally:
-        child.kill()
-        child.wait()
-    with (tmp_path / ".lock").open() as other:
-        fcntl.flock(other, fcntl.LOCK_SH)
-        assert store.holder(tmp_path) is None, "who only looks is not in the way of another who does"
-    again = store.hold(tmp_path)
-    assert again is not None and (tmp_path / ".lock").read_text() == ""
-    again.close()
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    store.write_atomically(file, "old")
-    with pytest.raises(UnicodeEncodeError):
-        store.write_atomically(file, "new \ud800")
-    assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_signals_are_asked_for_and_given_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with StopFlag(hard_ends=False) as stop:
-        assert (stop(), stop.hard) == (False, False)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (stop(), stop.hard) == (True, False)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.hard
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_output_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as stream, (tmp_path / "log").open("w") as log:
-        console = Console(stream, log)
-        print("first", file=console, flush=True)
-        os.close(reader)
-        print("second", file=console, flush=True)
-        console.write("\r\x1b[Kiteration 1/9")
-        console.write("\r\x1b[Kiteration 2/9\n")
-        assert (tmp_path / "log").read_text() == "first\nsecond\niteration 2/9\n"
