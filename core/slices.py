@@ -219,7 +219,9 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                empty = torch.empty_like(parameter, device=device)
+                empty = torch.empty(
+                    parameter.shape, dtype=parameter.dtype, device=device
+                )  # empty_like of meta imports sympy
                 made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():

@@ -53,4 +53,3 @@ class NgramEmbedding(Embedding):
             hashed = (hashed * _BASE + earlier) & _MASK
             y = y + F.embedding(((hashed * _FACTOR) >> 12) % self.rows, table)
         return y
-
