@@ -1,9 +1,10 @@
-# setup makes .venv; quickstart runs a real sweep to its report; test is lint, types and every test.
+# setup makes .venv; quickstart runs a real sweep to its report; test is lint, types and every fast test; test-system is
+# what needs outside components (a browser, a compiler).
 PYTHON ?= python3
 export CUBLAS_WORKSPACE_CONFIG ?= :4096:8
 READY := .venv/.ready
 
-.PHONY: setup quickstart test lint types unit clean
+.PHONY: setup quickstart test test-system lint types unit clean
 
 setup: $(READY)
 
@@ -28,6 +29,9 @@ types: setup
 
 unit: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+test-system: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m system -rs
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

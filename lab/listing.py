@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from engine.data import Corpus, settle, stage_corpus
 from lab.axes import SweepError
 from lab.expand import Expansion, Run, expand, told
 from lab.reading import ConfigReader, default_value, sentences
+from lab.store import read_result
 from lab.sweep import SEED, Sweep, SweepReader, apply_settings
 from model import GPT
 from train_args import Config, DataConfig, RunInfo, load_plugins
@@ -80,15 +80,6 @@ class Listing:
         """Moves corpora that were prepared on the way to their place."""
         for data in {run.config.data for run in self.runs}:
             settle(self.reader.corpus(data))
-
-
-def read_result(folder: File) -> dict[str, Any] | None:
-    """A run folder's result.json, or None where there is none that can be read."""
-    try:
-        made = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return made if isinstance(made, dict) else None
 
 
 def open_listing(file: File | None, words: Sequence[str]) -> Listing:

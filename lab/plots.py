@@ -150,7 +150,7 @@ def loss_curves(board: Board) -> bytes:
             _nothing(axes, "No evaluation has been recorded yet.")
             return
         low, high = _window(lines)
-        axes.set_xlim(0, top / scale * 1.01)
+        axes.set_xlim(0, (top or scale) / scale * 1.01)
         axes.set_ylim(low, high)
         axes.grid(color="#e8e8e8", linewidth=0.7)
         axes.set_xlabel(

@@ -197,10 +197,8 @@ def test_inliers_and_spread() -> None:
 # In a browser: a system test, slow and with a program that not every machine has
 
 
-@pytest.mark.skipif(
-    "SLICEWISE_SYSTEM" not in os.environ or not shutil.which("chromium"),
-    reason="SLICEWISE_SYSTEM=1 and chromium run this",
-)
+@pytest.mark.system
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
 def test_the_table_sorts_in_a_browser(drawn: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cell, loss, speed in ((HOSTILE, 1.0, 5.0), ("b", 2.0, 40.0), ("c", None, 30.0)):
         drawn.add(cell, 1, loss, "done" if loss else "diverged", tokens_per_second=speed)
