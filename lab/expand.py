@@ -310,12 +310,14 @@ def _condition(match: Match) -> str:
 
 
 def told(value: Any) -> str:
-    """A value as files write it, on one line."""
+    """A value as files write it, on one line; a long number with six significant digits."""
     if isinstance(value, Mapping):
         inner = ", ".join(f"{k}={told(v)}" for k, v in value.items() if k != "variant")
         return f"{value['variant']}({inner})" if "variant" in value else f"({inner})"
     if isinstance(value, list):
         return f"[{', '.join(told(v) for v in value)}]"
+    if isinstance(value, float) and len(str(value)) > 8:
+        return f"{value:.6g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

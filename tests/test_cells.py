@@ -174,3 +174,11 @@ def test_different_cells_have_different_names(desk: Desk) -> None:
     assert [run.cell for run in listing.runs] == ["norm=false", "norm=rmsnorm"] and listing.expansion.duplicates == 1
     twins = desk.listed("sweep: {grid: {tracking.wandb.project: [a, b]}}")
     assert len(twins.runs) == 1 and twins.expansion.duplicates == 1, "where metrics go makes no other run"
+
+
+def test_a_long_number_is_short_in_a_name_and_whole_in_the_run(desk: Desk) -> None:
+    scales = [1.4142135623730951, 1.41421356, 0.1]
+    listing = desk.listed("model: {linear: pkl}\n" + grid(str(scales), "model.linear.scale"))
+    assert [run.config.model.linear.options.scale for run in listing.runs] == scales
+    names = [run.cell for run in listing.runs]
+    assert names[0] == "scale=1.41421" and names[1].startswith("scale=1.41421 (") and names[2] == "scale=0.1"
