@@ -22,7 +22,7 @@ from engine.device import autocast, claim, first_scale, move, next_scale, peak_m
 from engine.optim import Optimizers
 from model import GPT, build
 from train_args import Config
-from variations.dropout import set_step
+from variations.dropout import Dropout, set_step
 
 EVAL_SEED = 20240229  # the same windows for every run, so that losses compare
 SEEDS = 2**63  # torch's generators take seeds below it
@@ -76,6 +76,7 @@ class Run:
         size = {"batch_size": config.train.batch_size, "block_size": config.model.block_size}
         self.batches = Batches(corpus.train, **size, seed=data_seed)
         self.state = State(threads=torch.get_num_threads(), grad_scale=first_scale(config.train.dtype))
+        self.dropping = any(isinstance(m, Dropout) and m.on for m in self.plain.modules())
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | None = None
         self.resume()
@@ -119,7 +120,7 @@ class Run:
             torch.manual_seed(
                 (train.seed * 1_000_003 + micro) % SEEDS
             )  # for variations that draw from torch's generator
-            if self.config.model.dropout:
+            if self.dropping:
                 set_step(self.plain, train.seed, micro)
             x, y = (move(t, self.device) for t in self.batches(micro))
             with autocast(self.device, train.dtype):
