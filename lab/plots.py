@@ -264,7 +264,7 @@ def _name_lines(axes: Axes, lines: Sequence[Line], seen: dict[str, Look]) -> Non
         )
         value = line.ended or decimal(line.mean[-1]) + (" (off scale)" if line.mean[-1] > high else "")
         axes.text(
-            1.095, place, f"{value}  {_label(line.cell, 34)}", fontsize=8.5, va="center", transform=axes.transAxes
+            1.095, place, f"{value}  {_label(line.cell, 48)}", fontsize=8.5, va="center", transform=axes.transAxes
         )
     if others:
         text = f"grey: {others:,} other cells"
@@ -304,7 +304,7 @@ def comparison(board: Board) -> bytes:
         axes.grid(axis="x", color="#e8e8e8", linewidth=0.7)
         better = "lower" if board.mode == "min" else "higher"
         axes.set_xlabel(f"{UNITS.get(board.metric, short(board.metric, 60))}, {better} is better")
-        labels = [_label(cell, 40) for cell in rows]
+        labels = [_label(cell, 52) for cell in rows]
         axes.set_yticks(range(len(rows)), labels)
         axes.tick_params(axis="y", length=0)
         hidden = len(board.cells) - len(rows)

@@ -286,7 +286,7 @@ def _line(cell: Cell, reference: Cell | None) -> tuple[str, ...]:
     against = cell.paired.mean if cell.paired else cell.difference
     return (
         str(cell.rank or "-"),
-        short(cell.name, 44),
+        short(cell.name, 64),
         decimal(mean.mean) if mean else "",
         decimal(mean.sd) if mean else "",
         str(len(cell.values)),
