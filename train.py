@@ -147,9 +147,7 @@ def list_catalogue(kind: str) -> int:
             for option, spec, tp in walk(options):
                 default = spec.default.name if hasattr(spec.default, "name") else spec.default
                 words = "a variation" if spec.metadata.get("kind") else describe(tp)
-                print(
-                    f"    {option}: {words}, default {'null' if default is None else default}. {spec.metadata['doc']}"
-                )
+                print(f"    {option}: {words}, default {json.dumps(default, default=str)}. {spec.metadata['doc']}")
     return 0
 
 
