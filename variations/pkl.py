@@ -5,8 +5,8 @@ independently and each multiplied by 1/sqrt(1 + scale^2).
 
 The effective step: b's gradient is scale times a's. An optimizer whose step does not depend on the size of the gradient
 (Adam and its kin) moves a and b by about one learning rate each, in directions that agree for a positive scale, so the
-effective weight moves by about (1 + |scale|) learning rates. `compensate_step` divides both learning rates by that (and with them decoupled decay). SGD's
-factor would be 1 + scale^2; rules on `[a]` and `[b]` can set it.
+effective weight moves by about (1 + |scale|) learning rates. `compensate_step` divides both learning rates by that, and
+with them decoupled decay. SGD's factor would be 1 + scale^2; rules on `[a]` and `[b]` can set it.
 """
 
 from __future__ import annotations
