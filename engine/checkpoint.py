@@ -48,11 +48,15 @@ def save(
         shutil.rmtree(left, ignore_errors=True)
     part = root / f"{WRITING}{iteration}"
     part.mkdir()
-    for name, tensors in zip(PARTS, (model, optimizer), strict=True):
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
-    (part / "state.json").write_text(json.dumps(state, allow_nan=False))
-    for written in (*part.iterdir(), part):
-        _sync(written)
+    try:
+        for name, tensors in zip(PARTS, (model, optimizer), strict=True):
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps(state, allow_nan=False))
+        for written in (*part.iterdir(), part):
+            _sync(written)
+    except (OSError, SafetensorError):
+        shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
+        raise
     final = root / f"{iteration:08d}"
     if final.exists():
         shutil.rmtree(final)

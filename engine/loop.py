@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import variations
@@ -100,13 +101,15 @@ class Run:
             torch.set_num_threads(self.state.threads)
 
     def save(self) -> None:
-        checkpoint.save(
-            self.folder / "checkpoint",
-            self.state.iter,
-            weights(self.plain),
-            self.optimizers.state(),
-            vars(self.state),
-        )
+        """Writes a checkpoint. Raises ConfigError with a sentence where the disk does not take it; older ones stay."""
+        root = self.folder / "checkpoint"
+        try:
+            checkpoint.save(root, self.state.iter, weights(self.plain), self.optimizers.state(), vars(self.state))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{root}: the checkpoint of iteration {self.state.iter} could not be written ({error}). "
+                "Make room or mend the folder and give the same command again; earlier checkpoints are kept."
+            ) from error
 
     # One update -------------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -217,3 +218,21 @@ def test_nothing_here_can_run_code_from_a_file() -> None:
                 assert not {"pickle", "marshal", "shelve", "joblib"} & {name.split(".")[0] for name in imported}, path
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
                     assert node.attr not in ("load", "save"), path
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_gets_its_room_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, corpus = runs.read(runs.tiny_corpus(tmp_path / "data"))
+    run = runs.make(tmp_path / "run", config, corpus)
+    run.save()
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run.state.iter = 3
+    with pytest.raises(ConfigError, match=r"checkpoint of iteration 3 could not be written \(No space left.*Make room"):
+        run.save()
+    assert [p.name for p in (tmp_path / "run/checkpoint").iterdir()] == ["00000000"]
