@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from core.options import Invalid, Variant, opt, variant
+from core.addresses import Pattern, Rule
+from core.options import Invalid, Variant, opt, said, variant
 
 KINDS = ("linear", "embedding", "head", "norm", "activation", "position", "attention", "mlp", "init")
 
 
 def _site(kind: str) -> Variant | None:
-    made: Variant | None = field(
-        default=None, metadata={"doc": f"The {kind} at these places.", "kind": kind, "identity": True}
-    )
+    made: Variant | None = said(f"The {kind} at these places.", kind=kind)
     return made
 
 
 @dataclass(frozen=True)
-class SiteRule:
+class SiteRule(Rule):
     """Other variations at the places whose path matches."""
 
-    match: str | tuple[str, ...] = opt("", "Pattern of module paths, or a list of them.")
-    excepted: str | tuple[str, ...] = opt((), "Patterns of paths left out.", key="except")
-    optional: bool = opt(False, "Whether the rule may match nothing.")
     linear: Variant | None = _site("linear")
     embedding: Variant | None = _site("embedding")
     head: Variant | None = _site("head")
@@ -34,18 +30,13 @@ class SiteRule:
     init: Variant | None = _site("init")
 
     def __post_init__(self) -> None:
-        if not self.patterns:
-            raise Invalid(("match", "a site needs a pattern of module paths"))
+        super().__post_init__()
         if not self.nodes():
             raise Invalid(("", f"the site chooses no variation; it may name {', '.join(KINDS)}"))
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return (self.match,) if isinstance(self.match, str) and self.match else tuple(self.match)
-
-    @property
-    def exceptions(self) -> tuple[str, ...]:
-        return (self.excepted,) if isinstance(self.excepted, str) else tuple(self.excepted)
+    def check(self, made: Pattern) -> None:
+        if made.about_parts:
+            raise ValueError(f"'{made.text}' is about parts of a weight, and a site is a whole module")
 
     def nodes(self) -> dict[str, Variant]:
         """The kinds that the site chooses."""

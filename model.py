@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.lora import attach, begin, plan
 from core.options import Catalogue, Invalid, Variant, plain
-from core.slices import initialise, materialise
+from core.rules import Resolver, Row, SliceRule
+from core.slices import draw, initialise, materialise, slices
 from gpt_conf import ModelConfig
 from variations import CATALOGUE
 from variations.cache import Cache
@@ -121,8 +124,38 @@ def _told(node: Variant) -> str:
     return f"{node.name}({', '.join(f'{k}={v}' for k, v in options.items())})" if options else node.name
 
 
+def assemble(config: ModelConfig, rules: Mapping[str, SliceRule], optimizer: Variant) -> tuple[GPT, list[Row]]:
+    """The model, empty, with the adapters that rules ask for, and the settings of all its slices.
+
+    Raises Invalid for a model that cannot be and RuleMistakes for rules that cannot hold of it.
+    """
+    model = GPT(config)
+    adapting = any(rule.lora is not None for rule in rules.values())
+    rows = Resolver(slices(model), CATALOGUE).resolve(rules, optimizer, complete=not adapting)
+    if adapting:
+        attach(model, plan(model, rows), CATALOGUE)
+        rows = Resolver(slices(model), CATALOGUE).resolve(rules, optimizer)
+    return model, rows
+
+
+def fill(model: GPT, rows: Sequence[Row], seed: int, device: torch.device | str = "cpu") -> None:
+    """Gives an assembled model its memory and initial values, each slice from `seed` and its own address."""
+    materialise(model, device)
+    initialise(model, seed, [row.init for row in rows])
+    begin(model)
+
+
+def refill(model: GPT, rows: Sequence[Row], seed: int) -> None:
+    """After the model was filled with another's weights: draws those slices whose init a rule says."""
+    parameters = dict(model.named_parameters())
+    for row in rows:
+        if row.settings.init is not None:
+            draw(row.slice, parameters[row.slice.parameter], seed, row.settings.init)
+    begin(model)
+
+
 def build(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> GPT:
-    """A model on `device`, every slice initialised from `seed` and its own address."""
+    """A model on `device` without rules, every slice initialised from `seed` and its own address."""
     model = GPT(config)
     materialise(model, device)
     initialise(model, seed)

@@ -17,7 +17,7 @@ from engine import checkpoint
 from engine.corpus import Tokenizer, load_tokenizer
 from engine.device import pick
 from lab.listing import load_run
-from model import GPT, build
+from model import GPT, assemble, fill
 from train_args import with_vocabulary
 from variations.cache import Cache
 
@@ -32,7 +32,8 @@ def load(folder: Path, device: torch.device, plugins: bool) -> tuple[GPT, Tokeni
     saved = checkpoint.latest(folder / "checkpoint")
     if saved is None:
         raise ConfigError(f"{folder} has no checkpoint yet.")
-    model = build(with_vocabulary(config, corpus.meta.vocab_size).model, 0, device)
+    model, rows = assemble(with_vocabulary(config, corpus.meta.vocab_size).model, config.slices, config.optimizer)
+    fill(model, rows, 0, device)
     load_weights(model, saved.model())
     return model.eval(), load_tokenizer(corpus.folder)
 

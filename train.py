@@ -75,6 +75,8 @@ def act(given: argparse.Namespace) -> int:
 
 def show_runs(listing: Any, as_json: bool) -> int:
     """--dry-run."""
+    from lab.base import untrained
+
     expansion = listing.expansion
     done = len(listing.runs) - len(listing.pending())
     if as_json:
@@ -99,6 +101,8 @@ def show_runs(listing: Any, as_json: bool) -> int:
     seeds = len({r.seed for r in listing.runs})
     print(f"{listing.folder}: {expansion.cells} cells x {seeds} seeds = {len(listing.runs)} runs, {done} done")
     print(f"excluded: {expansion.excluded} cells; duplicates merged: {expansion.duplicates} cells")
+    for base in untrained(listing):
+        print(f"trained first, as other runs start from it: {base.folder} ({base.path})")
     for run in listing.runs:
         marks = " (baseline)" if run.baseline else ""
         print(f"  {listing.ids[run.hash]}  {run.cell}, seed {run.seed}{marks}  {listing.status(run) or ''}".rstrip())
@@ -107,26 +111,56 @@ def show_runs(listing: Any, as_json: bool) -> int:
 
 def show_slices(listing: Any, as_json: bool) -> int:
     """--slices."""
-    from engine.optim import table
-    from model import GPT
+    from model import assemble
     from train_args import with_vocabulary
 
     config = listing.runs[0].config
     config = with_vocabulary(config, listing.reader.corpus(config.data).meta.vocab_size)
-    rows = [row.shown() for row in table(GPT(config.model), config.optimizer)]
+    _, rows = assemble(config.model, config.slices, config.optimizer)
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps([_slice(row) for row in rows]))
         return 0
-    columns = ("address", "shape", "parameters", "lr_scale", "weight_decay", "optimizer", "init", "rules")
-    cells = [[_cell(row[c]) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
-    for line in ([*columns], *cells):
+    cells = [{**_slice(row), "learning_rate": row.learning_rate, "rules": _origins(row)} for row in rows]
+    columns = ["address", "shape", "parameters", "learning_rate", "lr_scale", "weight_decay", "optimizer", "init"]
+    columns += [name for name in ("lora", "frozen") if any(cell[name] for cell in cells)] + ["rules"]
+    lines = [[_cell(cell[c]) for c in columns] for cell in cells]
+    widths = [max(len(c), *(len(line[i]) for line in lines)) for i, c in enumerate(columns)]
+    for line in (columns, *lines):
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-    print(f"{len(rows)} slices, {sum(row['parameters'] for row in rows):,} parameters")
+    trained = sum(row.slice.numel for row in rows if not row.settings.frozen)
+    print(f"{len(rows)} slices, {sum(row.slice.numel for row in rows):,} parameters, {trained:,} of them trained")
     return 0
 
 
+def _slice(row: Any) -> dict[str, Any]:
+    """A row of the table as --slices --json prints it."""
+    part, settings = row.slice, row.settings
+    return {
+        "address": part.address,
+        "shape": list(part.shape),
+        "parameters": part.numel,
+        "lr_scale": settings.lr_scale,
+        "weight_decay": settings.weight_decay,
+        "optimizer": settings.optimizer.name,
+        "init": str(row.init),
+        "lora": None if settings.lora is None or len(part.shape) < 2 else plain(settings.lora),
+        "frozen": settings.frozen,
+        "rules": list(row.rules),
+    }
+
+
+def _origins(row: Any) -> str:
+    """Which rules made which value."""
+    return "; ".join(f"{name}: {' x '.join(rules)}" for name, rules in row.settings.origins.items())
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['variant']}({', '.join(f'{k}={v}' for k, v in value.items() if k != 'variant')})"
+    if isinstance(value, bool) or value is None:
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, list):
         return " x ".join(map(str, value)) if value and isinstance(value[0], int) else ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

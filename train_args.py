@@ -12,6 +12,7 @@ from pathlib import Path as File
 from typing import Any, Literal
 
 from core.options import Invalid, Variant, nearest, node, opt, variant
+from core.rules import SliceRule
 from core.yaml_files import ConfigError, shown
 from gpt_conf import ModelConfig
 
@@ -66,7 +67,11 @@ class TrainConfig:
         "highest", "Internal precision of float32 matrix products."
     )
     compile: bool = opt(False, "Whether torch.compile is used.")
-    init_from: str | None = opt(None, "A run folder, hf:FOLDER or FILE.yaml whose weights the run starts from.")
+    init_from: str | None = opt(
+        None,
+        "A run folder or FILE.yaml (its one run is trained first) whose weights the run starts from.",
+        identity=False,  # where it lies; what it holds is part of the identity
+    )
 
     def __post_init__(self) -> None:
         wrong = []
@@ -74,8 +79,8 @@ class TrainConfig:
             wrong.append(("max_tokens", "max_iters is given too; set one of them to null"))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             wrong.append(("device", f"'{self.device}' is not auto, cpu, cuda or cuda:N"))
-        if self.init_from is not None:
-            wrong.append(("init_from", "starting from other weights is not available yet"))
+        if (self.init_from or "").startswith("hf:"):
+            wrong.append(("init_from", "starting from Hugging Face checkpoints is not available yet"))
         if wrong:
             raise Invalid(*wrong)
 
@@ -97,6 +102,9 @@ class TrackingConfig:
     """Where metrics go besides metrics.jsonl."""
 
     wandb: WandbConfig = node(WandbConfig, "Weights & Biases.")
+    slice_interval: int | None = opt(
+        None, "Iterations between records of every slice's norms and update; null means none.", ge=1
+    )
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,9 @@ class RunInfo:
     cell: str = opt("", "The run without its seed.")
     changed: dict[str, Any] = opt({}, "What the sweep set.")
     swept: tuple[str, ...] = opt((), "Every key that differs somewhere in the sweep.")
-    content: dict[str, str] = opt({}, "Hashes of the data and plugins that the run was made with.")
+    content: dict[str, str] = opt({}, "Hashes of the data, plugins and base that the run was made with.")
     wandb: str = opt("off", "The tracking mode that the sweep resolved.")
+    base: str = opt("", "The run folder whose weights the run starts from, if any.")
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Config:
     train: TrainConfig = node(TrainConfig, "The training.")
     optimizer: Variant = variant("optimizer", "adamw", "The optimizer.")
     schedule: Variant = variant("schedule", "cosine", "The learning-rate schedule.")
-    slices: dict[str, Any] = opt({}, "Rules over named slices.")
+    slices: dict[str, SliceRule] = opt({}, "Rules over named slices.")
     tracking: TrackingConfig = node(TrackingConfig, "Tracking.", identity=False)
     runner: RunnerConfig = node(RunnerConfig, "The runner.", identity=False)
     run: RunInfo = node(RunInfo, "Written by the runner, ignored in files.", identity=False)
@@ -151,8 +160,6 @@ class Config:
                     f"{self.name!r} is not made of letters, digits, '-', '_' and '.' (at most 100, the first no '-' or '.')",
                 )
             )
-        if self.slices:
-            wrong.append(("slices", "rules over slices are not available yet"))
         if self.train.batch_size * self.train.gradient_accumulation_steps * self.model.block_size > 2**40:
             wrong.append(("train", "one iteration has more than 2^40 tokens"))
         if wrong:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from convert.effective import effective_weights
 from convert.gains import fold_gains
+from core.lora import adapter_weights, merge
 from core.options import Reader
 from core.weights import load_weights, saved_folders
 from core.yaml_files import ConfigError
 from core.yaml_files import load_file as load_yaml
-from model import GPT, build
+from model import GPT, assemble, fill
 from train_args import Config
 from variations import CATALOGUE
 
@@ -36,7 +37,9 @@ def load(folder: Path) -> GPT:
     if not found:
         raise ConfigError(f"{folder} has no checkpoint yet.")
     saved = load_file(found[-1] / "model.safetensors")
-    model = build(replace(config.model, vocab_size=saved["wte.weight"].shape[-2]), 0)
+    vocabulary = replace(config.model, vocab_size=saved["wte.weight"].shape[-2])
+    model, rows = assemble(vocabulary, config.slices, config.optimizer)
+    fill(model, rows, 0)
     load_weights(model, saved)
     return model.eval()
 
@@ -45,25 +48,37 @@ def main(words: list[str]) -> int:
     """Returns the exit code: 0, or 2 where the run cannot be converted."""
     parser = argparse.ArgumentParser(prog="python -m convert", description="Weights in and out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = "write every weight as what multiplies: of a PKL weight a + scale * b; also of the embedding and the head"
+    about = (
+        "write every weight as what multiplies: of a PKL weight a + scale * b, adapters merged; also embedding and head"
+    )
     effective = commands.add_parser("effective", help=about, description=about)
-    effective.add_argument("folder", type=Path, metavar="RUN_DIR")
-    effective.add_argument("file", type=Path, metavar="FILE.safetensors")
     effective.add_argument(
         "--fold-gains", action="store_true", help="fold the norms' gains into the linears behind them"
     )
+    about = "write the adapters alone, each tensor under its address"
+    adapters = commands.add_parser("adapters", help=about, description=about)
+    for command in (effective, adapters):
+        command.add_argument("folder", type=Path, metavar="RUN_DIR")
+        command.add_argument("file", type=Path, metavar="FILE.safetensors")
     given = parser.parse_args(words)
     try:
         model = load(given.folder)
-        folded = fold_gains(model) if given.fold_gains else []
+        if given.command == "adapters":
+            tensors, notes = adapter_weights(model), []
+            if not tensors:
+                raise ConfigError(f"{given.folder} has no adapters.")
+        else:
+            merged = merge(model)
+            folded = fold_gains(model) if given.fold_gains else []
+            tensors, named = effective_weights(model), (("adapters merged", merged), ("gains folded", folded))
+            notes = [f"; {what}: {', '.join(names)}" for what, names in named if names]
     except ValueError as error:
         print(error, file=sys.stderr)
         return WRONG
-    tensors = effective_weights(model)
     part = given.file.with_name(f".{given.file.name}-{os.getpid()}")
     save_file(tensors, part)
     part.replace(given.file)
-    print(f"{given.file}: {len(tensors)} tensors" + (f"; gains folded: {', '.join(folded)}" if folded else ""))
+    print(f"{given.file}: {len(tensors)} tensors{''.join(notes)}")
     return 0
 
 

@@ -6,6 +6,7 @@ Hydra lists are merged here: naming a variant replaces a node, everything else m
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ TABLES: tuple[Path, ...] = (
     ("sweep", "groups"),
     ("sweep", "cases"),
 )  # an entry set to null is removed
+BASE: Path = ("train", "init_from")  # its path, as those of plugins, is relative to the file that says it
 COMMAND_LINE = "command line"
 MAX_LOADS = 500
 
@@ -234,6 +236,8 @@ def _add(composed: Composed, loaded: Loaded, package: str, primary: bool) -> Non
     prefix = tuple(filter(None, package.split(".")))  # './x' and '../x' give empty words
     for key in reversed(prefix):
         tree = {key: tree}
+    if not primary:  # the primary file's folder is the first in which a path is looked for
+        tree = _base_from(tree, loaded)
     if prefix and not primary:
         composed.packages.add(prefix[0])
     composed.tree = merge(composed.tree, tree)
@@ -247,6 +251,14 @@ def _plugins_from(tree: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
         return tree
     folder = loaded.folder
     return {**tree, "plugins": [str(folder / name) if isinstance(name, str) else name for name in given]}
+
+
+def _base_from(tree: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """The tree with the path of `train.init_from` made absolute where it is relative to the file."""
+    named = get(tree, BASE)
+    if not isinstance(named, str) or loaded.folder is None or not os.path.exists(loaded.folder / named):
+        return tree
+    return dict(_replace(tree, BASE, str(loaded.folder / named)))
 
 
 def _defaults_sentence(error: BaseException, files: Mapping[str, Loaded], folders: Sequence[_Folder]) -> str:

@@ -100,6 +100,13 @@ def variant(kind: str, default: str, doc: str, **flags: Any) -> Any:
     return field(default=Variant(default, None), metadata={"doc": doc, "kind": kind, "identity": True, **flags})
 
 
+def said(doc: str, *, kind: str | None = None, usual: str | None = None, **bounds: Any) -> Any:
+    """A field of a table's entry that may be left unsaid: None is then its value. Null in a file is not that: it means off.
+    usual: the variation that a mapping without a name is about."""
+    meta = {**opt(None, doc, **bounds).metadata, "absent": Variant(usual, None) if usual else None}
+    return field(default=None, metadata={**meta, "kind": kind} if kind else meta)
+
+
 def node(cls: type, doc: str, *, identity: bool = True) -> Any:
     """A field that holds a nested options dataclass."""
     return field(default_factory=cls, metadata={"doc": doc, "identity": identity})
@@ -187,6 +194,8 @@ class Reader:
                 self.wrong((*path, key), "unknown key", dotted + nearest(key, names))
         values = {}
         for name, spec in names.items():
+            if name not in tree and "absent" in spec.metadata:
+                continue
             if name in tree or "kind" in spec.metadata:
                 values[spec.name] = self._field(cls, spec, tree.get(name, spec.default), (*path, name))
             elif is_dataclass(hints(cls)[spec.name]):
@@ -211,9 +220,10 @@ class Reader:
     def _field(self, cls: type, spec: dataclasses.Field[Any], value: Any, path: Path) -> Any:
         kind = spec.metadata.get("kind")
         if kind is not None:
-            if value is None and type(None) in typing.get_args(hints(cls)[spec.name]):
-                return None
-            return self.variant(kind, value, path, spec.default)
+            return self.variant(kind, value, path, spec.metadata.get("absent", spec.default))
+        if value is None and "absent" in spec.metadata:
+            self.wrong(path, "null (off) is not possible here", "Leave it out to say nothing.")
+            return None
         value = self.value(hints(cls)[spec.name], value, path)
         for sign, bound in spec.metadata.get("bounds", {}).items():
             for number in value if isinstance(value, tuple) else (value,):
@@ -332,7 +342,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Variant):
         return {"variant": value.name, **plain(value.options)}
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(getattr(value, spec.name)) for name, spec in fields_of(type(value)).items()}
+        known = ((name, spec, getattr(value, spec.name)) for name, spec in fields_of(type(value)).items())
+        return {name: plain(got) for name, spec, got in known if got is not None or "absent" not in spec.metadata}
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

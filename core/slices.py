@@ -1,140 +1,33 @@
-"""Named slices: how parts lie in one tensor, what a module declares of its weights, and the address of every part.
+"""Named slices: what a module declares of its weights, and the address of every part.
 
-A Layout is index algebra over one tensor. A Declaration says what a weight is. The slices of a model are what all declarations
-list together: disjoint, complete, each with an address such as `h.3.attn.qkv.weight[k]`.
+A Declaration says what a weight is and how its parts lie. The slices of a model are what all declarations list together:
+disjoint, complete, each with an address such as `h.3.attn.qkv.weight[k]`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-Labels = tuple[str, ...]
+from core.addresses import Labels, spelled
+from core.layout import Layout as Layout  # what declares a weight needs both
 
 
 class Initialiser(Protocol):
-    """What fills a slice. `str()` of it is what tables show."""
+    """What fills a slice. `str()` of it is what tables show. Optional attributes:
+
+    exact: whether the matrix as a whole has a property (orthogonal, the identity) that a sum of independent draws would lose.
+    scale_residual: false where projections onto the residual stream are not to be scaled down.
+    """
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Values in float32 for one logical matrix (or vector) of `shape`, rows first."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Named parts along dimension `dim` (counted from the right), repeated `groups` times, under labelled leading stack axes.
-
-    parts: (name, rows per group) in their order; empty means one nameless part. stack: the labels of each leading axis.
-    Raises ValueError for sizes below 1, names that repeat or that an address could not spell, a dimension that is not negative.
-    """
-
-    parts: tuple[tuple[str, int], ...] = ()
-    dim: int = -1
-    groups: int = 1
-    stack: tuple[Labels, ...] = ()
-
-    def __post_init__(self) -> None:
-        names = [name for name, _ in self.parts]
-        labels = [*names, *itertools.chain(*self.stack)]
-        for label in {x for x in labels if labels.count(x) > 1}:
-            raise ValueError(f"the name '{label}' stands twice in one layout")
-        for label in labels:
-            if not re.fullmatch(r"\w+", label):
-                raise ValueError(f"the name {label!r} in a layout is not made of letters, digits and '_'")
-        if not all(self.stack):
-            raise ValueError(f"a stack axis of a layout has no labels: {self.stack}")
-        for name, size in self.parts:
-            if size < 1:
-                raise ValueError(f"part '{name}' has {size} rows; it needs at least 1")
-        if self.dim >= 0 or self.groups < 1:
-            raise ValueError(f"a layout counts dimensions from the right and has at least one group: {self}")
-
-    @property
-    def span(self) -> int:
-        """Rows of one group: the sum of its parts."""
-        return sum(size for _, size in self.parts)
-
-    def check(self, shape: Sequence[int]) -> None:
-        """Raises ValueError where the layout does not cover `shape` exactly."""
-        if any(size < 1 for size in shape):
-            raise ValueError(f"a weight of shape {tuple(shape)} has no elements")
-        axes = tuple(len(labels) for labels in self.stack)
-        if tuple(shape[: len(axes)]) != axes or len(shape) - len(axes) < -self.dim:
-            raise ValueError(f"stack axes {axes} and dimension {self.dim} do not fit the shape {tuple(shape)}")
-        if self.parts and shape[self.dim] != self.groups * self.span:
-            sizes = " + ".join(f"{name} {size}" for name, size in self.parts)
-            raise ValueError(f"the parts ({sizes}) x {self.groups} do not add up to {shape[self.dim]}")
-
-    def labels(self) -> list[Labels]:
-        """The labels of every slice, stack axes first, in the order in which they lie."""
-        names: list[Labels] = [(name,) for name, _ in self.parts] or [()]
-        return [(*outer, *inner) for outer in itertools.product(*self.stack) for inner in names]
-
-    def view(self, tensor: Tensor, labels: Labels) -> Tensor:
-        """The slice as a view. With several groups the dimension becomes two: [groups, rows per group]."""
-        for axis, label in zip(self.stack, labels, strict=False):
-            tensor = tensor[axis.index(label)]
-        if not self.parts:
-            return tensor
-        start = 0
-        for name, size in self.parts:
-            if name == labels[-1]:
-                if self.groups == 1:
-                    return tensor.narrow(self.dim, start, size)
-                dim = tensor.dim() + self.dim
-                return tensor.unflatten(dim, (self.groups, self.span)).narrow(dim + 1, start, size)
-            start += size
-        raise KeyError(labels)
-
-    def shape(self, shape: Sequence[int], labels: Labels) -> tuple[int, ...]:
-        """The logical shape of a slice: the stack axes gone, all groups of its part together."""
-        inner = list(shape[len(self.stack) :])
-        if self.parts:
-            inner[self.dim] = self.groups * dict(self.parts)[labels[-1]]
-        return tuple(inner)
-
-    def split(self, tensor: Tensor) -> dict[Labels, Tensor]:
-        """Every slice in its logical shape: views where one group makes that possible, copies elsewhere."""
-        self.check(tensor.shape)
-        return {x: self.view(tensor, x).reshape(self.shape(tensor.shape, x)) for x in self.labels()}
-
-    def join(self, slices: dict[Labels, Tensor]) -> Tensor:
-        """The inverse of `split`. Raises ValueError for slices that are missing, left over or of another shape."""
-        if set(slices) != set(self.labels()):
-            raise ValueError(f"{sorted(slices)} are not the slices of this layout, which are {sorted(self.labels())}")
-        first = next(iter(slices.values()))
-        inner = list(first.shape)
-        if self.parts:
-            inner[self.dim] = self.groups * self.span
-        whole = first.new_empty((*(len(axis) for axis in self.stack), *inner))
-        for x, values in slices.items():
-            if values.shape != self.shape(whole.shape, x):
-                told = f"slice '{'.'.join(x)}' is {list(values.shape)}, not {list(self.shape(whole.shape, x))}"
-                raise ValueError(f"{told}: it does not fit beside the others")
-            view = self.view(whole, x)
-            view.copy_(values.reshape(view.shape))
-        return whole
-
-    def ranges(self, name: str) -> list[tuple[int, int]]:
-        """The rows of a part along `dim` as half-open ranges, one a group, neighbours merged."""
-        start = 0
-        for part, size in self.parts:
-            if part == name:
-                break
-            start += size
-        else:
-            raise KeyError(name)
-        if size == self.span:
-            return [(0, self.groups * size)]
-        return [(g * self.span + start, g * self.span + start + size) for g in range(self.groups)]
 
 
 @dataclass(frozen=True)
@@ -142,8 +35,10 @@ class Declaration:
     """What a weight is.
 
     role: 'matrix' (a linear map inside the network), 'embedding' (rows or columns indexed by a vocabulary or a position), 'vector'
-    (gains, biases) or 'conv'. gain: what the initialiser's values are multiplied by. step: the default multiplier of its
-    learning rate.
+    (gains, biases) or 'conv'. gain: what the initialiser's values are multiplied by; residual: and by what more where the weight
+    writes to the residual stream. step: the default multiplier of its learning rate. summed: the labels of a stack axis whose
+    slices add up to one weight (PKL); shares: each one's share of it under an initialiser that is exact. blocks: a dimension and
+    the rows (or columns) of one logical block of it, such as a head.
     """
 
     layout: Layout
@@ -151,6 +46,10 @@ class Declaration:
     init: Initialiser
     gain: float = 1.0
     step: float = 1.0
+    residual: float = 1.0
+    summed: Labels = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
+    blocks: tuple[int, int] | None = None
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], declaration: Declaration) -> None:
@@ -163,13 +62,14 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], declaration: D
 
 @dataclass(frozen=True)
 class Slice:
-    """One named part of one parameter. `shape` is its logical shape."""
+    """One named part of one parameter. `shape` is its logical shape; `aliases` the parameter's other names, where it is tied."""
 
     address: str
     parameter: str
     labels: Labels
     shape: tuple[int, ...]
     declaration: Declaration
+    aliases: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -181,25 +81,31 @@ class Slice:
 
 def declared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Declaration]]:
     """Every declared parameter once, under its first name."""
-    seen: set[int] = set()
+    for names, parameter, declaration in _named(model):
+        yield names[0], parameter, declaration
+
+
+def _named(model: nn.Module) -> list[tuple[list[str], nn.Parameter, Declaration]]:
+    found: dict[int, tuple[list[str], nn.Parameter, Declaration]] = {}
     for path, module in model.named_modules():
         for name, declaration in module.__dict__.get("declarations", {}).items():
             parameter = module._parameters[name]
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield (f"{path}.{name}" if path else name), parameter, declaration
+            if parameter is not None:
+                made = found.setdefault(id(parameter), ([], parameter, declaration))
+                made[0].append(f"{path}.{name}" if path else name)
+    return list(found.values())
 
 
 def slices(model: nn.Module) -> list[Slice]:
     """Every slice of a model. Asserts that each parameter is declared: nothing trains that no rule can reach."""
-    listed, names = [], []
-    for name, parameter, declaration in declared(model):
-        names.append(name)
+    listed, known = [], set()
+    for (name, *aliases), parameter, declaration in _named(model):
+        known.add(name)
         for labels in declaration.layout.labels():
-            address = f"{name}[{'.'.join(labels)}]" if labels else name
             shape = declaration.layout.shape(parameter.shape, labels)
-            listed.append(Slice(address, name, labels, shape, declaration))
-    undeclared = {name for name, _ in model.named_parameters()} - set(names)
+            address = spelled(name, labels)[2]
+            listed.append(Slice(address, name, labels, shape, declaration, tuple(aliases)))
+    undeclared = {name for name, _ in model.named_parameters()} - known
     assert not undeclared, f"parameters without a declaration: {sorted(undeclared)}"
     return listed
 
@@ -230,104 +136,24 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fills every slice from its own generator, seeded by `seed` and its address."""
-    parameters = dict(model.named_parameters())
-    for part in slices(model):
-        values = part.declaration.init.draw(part.shape, generator_for(seed, part.address))
-        view = part.view(parameters[part.parameter])
-        view.copy_((values * part.declaration.gain).reshape(view.shape))
+def draw(part: Slice, parameter: Tensor, seed: int, init: Initialiser) -> None:
+    """Fills a slice from its own generator, seeded by `seed` and its address.
 
-
-# Patterns -------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A compiled address pattern: `*` inside a dotted segment, `**` across, `{0..5}` numbers, `[q,v]` parts.
-
-    Raises ValueError for brackets or braces that do not close, and empty patterns.
+    Where several numbers add up to one weight and `init` is exact, they take their shares of one draw for the whole.
     """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        path, bracket = self.text, None
-        if "[" in path or "]" in path:
-            found = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", path)
-            if found is None or found.group(3):
-                raise ValueError(
-                    f"the pattern '{self.text}' has a bracket that does not open and close once, at its end"
-                )
-            path = found.group(1)  # in a bracket, dots separate labels except within {0..5}
-            bracket = [re.split(r"\.(?![^{}]*\})", item.strip()) for item in found.group(2).split(",")]
-            if not all(label for item in bracket for label in item):
-                raise ValueError(f"the pattern '{self.text}' lists a part without a name")
-        if not path:
-            raise ValueError(f"the pattern '{self.text}' names no place")
-        object.__setattr__(self, "path", path)
-        object.__setattr__(self, "_path", _regex(path, self.text))
-        items = None if bracket is None else [[_regex(x, self.text) for x in item] for item in bracket]
-        object.__setattr__(self, "_items", items)
-
-    path: str = ""
-
-    @property
-    def about_parts(self) -> bool:
-        """Whether it has a bracket."""
-        return self._items is not None  # type: ignore[attr-defined]
-
-    def matches_module(self, path: str) -> bool:
-        """Whether a module's path is meant."""
-        return bool(self._path.fullmatch(path))  # type: ignore[attr-defined]
-
-    def matches(self, part: Slice) -> bool:
-        """Whether a slice is meant: without .weight or .bias that is the weight, and at the end of `**` everything below."""
-        name, owner = part.parameter, part.parameter.rpartition(".")[0]
-        last = name.rpartition(".")[2]
-        whole = self.path.endswith(("**", ".weight", ".bias")) or last not in ("weight", "bias")
-        hit = self.matches_module(name) if whole else last == "weight" and self.matches_module(owner)
-        return hit and self.matches_labels(part.labels)
-
-    def matches_labels(self, labels: Labels) -> bool:
-        items = self._items  # type: ignore[attr-defined]
-        return items is None or any(_subsequence(item, labels) for item in items)
+    what, address, factor = part.declaration, part.address, part.declaration.gain
+    share = next((x for x in part.labels if x in what.shares), None)
+    if share is not None and getattr(init, "exact", False):
+        rest = tuple(x for x in part.labels if x != share)
+        address, factor = spelled(part.parameter, rest)[2], what.shares[share]
+    factor *= what.residual if getattr(init, "scale_residual", True) else 1.0
+    view = part.view(parameter)
+    view.copy_((init.draw(part.shape, generator_for(seed, address)) * factor).reshape(view.shape))
 
 
-@lru_cache(maxsize=4096)
-def pattern(text: str) -> Pattern:
-    """`Pattern(text)`, compiled once."""
-    return Pattern(text)
-
-
-def _subsequence(wanted: Sequence[re.Pattern[str]], labels: Labels) -> bool:
-    rest: Iterator[str] = iter(labels)
-    return all(any(pattern.fullmatch(label) for label in rest) for pattern in wanted)
-
-
-def _regex(text: str, whole: str) -> re.Pattern[str]:
-    if text.count("{") != text.count("}"):
-        raise ValueError(f"the pattern '{whole}' has a brace that does not close")
-    made = ""
-    for token in re.findall(r"\{[^{}]*\}|(?:^|(?<=\.))\*\*\.|\*\*|\*|[^{}*]|[{}]", text):
-        if token == "**.":  # whole segments, also none
-            made += r"(?:.*\.)?"
-        elif token in ("**", "*"):
-            made += ".*" if token == "**" else r"[^.]*"
-        elif token[0] in "{}":
-            made += _numbers(token, whole)
-        else:
-            made += re.escape(token)
-    return re.compile(made)
-
-
-def _numbers(token: str, whole: str) -> str:
-    found = re.fullmatch(r"\{(\d{1,5})\.\.(\d{1,5})\}", token)
-    if found is None or int(found.group(1)) > int(found.group(2)):
-        raise ValueError(f"the pattern '{whole}': '{token}' is not a range of numbers such as {{0..5}}")
-    return "(?:" + "|".join(str(n) for n in range(int(found.group(1)), int(found.group(2)) + 1)) + ")"
-
-
-def select(patterns: Iterable[str], excepted: Iterable[str], test: Callable[[Pattern], bool]) -> bool:
-    """Whether any of `patterns` passes `test` and none of `excepted` does."""
-    return any(test(pattern(p)) for p in patterns) and not any(test(pattern(p)) for p in excepted)
+def initialise(model: nn.Module, seed: int, inits: Sequence[Initialiser] | None = None) -> None:
+    """Fills every slice, by its declaration or by `inits`, one for each in the order in which they are listed."""
+    parameters = dict(model.named_parameters())
+    listed = slices(model)
+    for part, init in zip(listed, inits or [part.declaration.init for part in listed], strict=True):
+        draw(part, parameters[part.parameter], seed, init)

@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import variations
-from core.slices import declared
-from core.weights import compare, load_weights, weights
+from core.weights import load_weights, weights
 from core.yaml_files import ConfigError
 from engine import checkpoint
+from engine.base import load_base
 from engine.data import Batches, Corpus, gather, windows
 from engine.device import autocast, claim, first_scale, move, next_scale, peak_memory, synchronise
 from engine.optim import Optimizers
-from model import GPT, build
+from model import GPT, assemble, fill, refill
 from train_args import Config
 from variations.dropout import Dropout, set_step
 
@@ -68,9 +68,14 @@ class Run:
         claim(device)
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         init_seed, data_seed = config.seeds
-        self.plain: GPT = build(config.model, init_seed, device)
+        self.plain: GPT
+        self.plain, self.rows = assemble(config.model, config.slices, config.optimizer)
+        fill(self.plain, self.rows, init_seed, device)
+        if config.run.base and checkpoint.latest(folder / "checkpoint") is None:  # a run on its way needs it no more
+            load_base(self.plain, Path(config.run.base))
+            refill(self.plain, self.rows, init_seed)
         self.model: Any = torch.compile(self.plain) if config.train.compile else self.plain
-        self.optimizers = Optimizers(self.plain, config.optimizer)
+        self.optimizers = Optimizers(self.plain, self.rows)
         self.schedule = variations.CATALOGUE["schedule"][config.schedule.name](
             config.schedule.options, config.iterations
         )
@@ -80,6 +85,8 @@ class Run:
         self.dropping = any(isinstance(m, Dropout) and m.on for m in self.plain.modules())
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | None = None
+        self.slice_norms: list[Tensor] = []  # of the gradient, by trained slice
+        self.telemetry: Tensor | None = None  # [3, trained slices] of the last update that was watched
         self.resume()
 
     def resume(self) -> None:
@@ -90,13 +97,11 @@ class Run:
         try:
             self.state = State(**saved.state)
             load_weights(self.plain, saved.model())
-            moments = saved.optimizer()
-            compare(self.optimizers.state(), moments, "optimizer state is")
+            self.optimizers.load(saved.optimizer())
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{saved.folder}: {error}. Remove {saved.folder.parent} to start the run anew."
             ) from error
-        self.optimizers.load(moments, self.state.steps)
         if self.device.type == "cpu" and self.state.threads:
             torch.set_num_threads(self.state.threads)
 
@@ -134,9 +139,25 @@ class Run:
         assert total is not None
         self.losses.append(total)
         if self.clip():
+            every = self.config.tracking.slice_interval
+            watching = every is not None and (i + 1) % every == 0
+            before = [p.detach().clone() for p in self.optimizers.live] if watching else []
             self.optimizers.step(self.schedule.multiplier(i))
             self.state.steps += 1
+            if watching:
+                self.watch(before)
         self.state.iter += 1
+
+    @torch.no_grad()
+    def watch(self, before: list[Tensor]) -> None:
+        """Measures every trained slice: the norms of weight and gradient before the update, and the update's relative size."""
+        optimizers, old = self.optimizers, dict(zip(map(id, self.optimizers.live), before, strict=True))
+        weight = torch.stack(optimizers.norms(lambda p: old[id(p)]))
+        update = torch.stack(optimizers.norms(lambda p: p.detach() - old[id(p)]))
+        gradient = {row.slice.address: norm for row, norm in zip(optimizers.graded(), self.slice_norms, strict=True)}
+        none = weight.new_full((), math.nan)
+        grads = torch.stack([gradient.get(row.slice.address, none) for row in optimizers.trained])
+        self.telemetry = torch.stack([weight, grads, update / weight])
 
     @torch.no_grad()
     def clip(self) -> bool:
@@ -145,7 +166,8 @@ class Run:
         scale = state.grad_scale
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1 / scale)
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.slice_norms = self.optimizers.norms(lambda p: p.grad)
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(self.slice_norms))
         if self.config.train.dtype == "float16":
             finite = math.isfinite(self.grad_norm.item())
             state.grad_scale, state.fitting = next_scale(scale, state.fitting, finite)
@@ -247,7 +269,16 @@ class Run:
             record["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
             tracker.log({**record, "tokens_per_second": self.tokens_per_second()})
             state.pending = []
+        if bad is None and self.telemetry is not None:
+            tracker.log({"kind": "slices", **self.position(), "slices": self.told_slices(self.telemetry)})
+            self.telemetry = None
         return bad
+
+    def told_slices(self, measured: Tensor) -> dict[str, dict[str, float]]:
+        """By address, what `watch` measured."""
+        names = ("weight_norm", "grad_norm", "update_ratio")
+        each = zip(self.optimizers.trained, *measured.tolist(), strict=True)
+        return {row.slice.address: dict(zip(names, values, strict=True)) for row, *values in each}
 
     def measure(self, tracker: Tracker, final: bool) -> bool:
         """Evaluates and logs; False where the loss is not finite."""
@@ -277,7 +308,6 @@ class Run:
     def result(self) -> dict[str, Any]:
         """What the run measured, for result.json."""
         state = self.state
-        parameters = sum(p.numel() for _, p, _ in declared(self.plain))
         return {
             "val_loss": state.val_loss,
             "best_val_loss": state.best_val_loss,
@@ -286,8 +316,8 @@ class Run:
             "tokens": state.iter * self.config.tokens_per_iter,
             "seconds": round(state.seconds, 4),
             "tokens_per_second": round(self.tokens_per_second(), 2),
-            "parameters": parameters,
-            "trainable_parameters": parameters,
+            "parameters": sum(row.slice.numel for row in self.rows),
+            "trainable_parameters": sum(row.slice.numel for row in self.optimizers.trained),
             "flops_per_token": self.plain.flops_per_token(),
             "peak_memory_bytes": peak_memory(self.device),
         }

@@ -1,110 +1,221 @@
-"""From declarations to updates: the table of every slice's settings, the groups that share them, and their optimizers."""
+"""From the table to updates: slices with equal settings grouped into views of their parameters, and the optimizers of these."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from core.options import Variant
-from core.slices import Slice, slices
+from core.layout import Range
+from core.options import Variant, key_of
+from core.rules import Row
+from core.slices import Slice
 from variations.optimizer import OPTIMIZERS
-from variations.optimizer.base import Group, Optimizer
+from variations.optimizer.base import Entry, Group, Optimizer
 
-
-@dataclass(frozen=True)
-class Row:
-    """One slice and its resolved settings. `rules` names what set them; `node` is the optimizer that takes it."""
-
-    slice: Slice
-    node: Variant
-    lr_scale: float
-    weight_decay: float
-    rules: tuple[str, ...]
-
-    @property
-    def learning_rate(self) -> float:
-        rate: float = self.node.options.learning_rate
-        return rate * self.lr_scale
-
-    def shown(self) -> dict[str, Any]:
-        """The row as `--slices --json` prints it."""
-        part = self.slice
-        return {
-            "address": part.address,
-            "shape": list(part.shape),
-            "parameters": part.numel,
-            "lr_scale": self.lr_scale,
-            "weight_decay": self.weight_decay,
-            "optimizer": self.node.name,
-            "init": str(part.declaration.init),
-            "lora": None,
-            "frozen": False,
-            "rules": list(self.rules),
-        }
-
-
-def table(model: nn.Module, optimizer: Variant) -> list[Row]:
-    """A row per slice: the default treatment, with the name of each default that made a difference."""
-    return [_row(part, optimizer) for part in slices(model)]
-
-
-def _row(part: Slice, optimizer: Variant) -> Row:
-    rules, what = [], part.declaration
-    while what.role not in (OPTIMIZERS[optimizer.name].roles or (what.role,)):  # type: ignore[attr-defined]
-        optimizer = optimizer.options.rest
-        rules.append("default.rest")
-    decay: float = optimizer.options.weight_decay
-    if what.role == "vector" and decay:
-        decay = 0.0
-        rules.append("default.no_decay_on_vectors")
-    if what.step != 1.0:
-        rules.append("default.pkl_step")
-    return Row(part, optimizer, what.step, decay, tuple(rules))
+Key = tuple[Any, ...]
+NOT_HELD = -1  # the number of steps of a slice that an optimizer has no state of
 
 
 class Optimizers:
-    """All optimizers of a run, one for each node of the table, over groups of whole parameters."""
+    """All optimizers of a run: every trained slice is in exactly one entry of one group of one of them.
 
-    def __init__(self, model: nn.Module, optimizer: Variant) -> None:
-        parameters: dict[str, Tensor] = dict(model.named_parameters())
-        settings: dict[str, Row] = {}
-        for row in table(model, optimizer):
-            first = settings.setdefault(row.slice.parameter, row)
-            assert (
-                first.node == row.node
-                and first.learning_rate == row.learning_rate
-                and first.weight_decay == row.weight_decay
-            )
-        assert set(settings) == set(parameters), "every parameter is in exactly one group"
-        nodes: dict[Variant, dict[tuple[float, float], Group]] = {}
-        for name, row in settings.items():
-            groups = nodes.setdefault(row.node, {})
-            key = (row.learning_rate, row.weight_decay)
-            group = groups.setdefault(key, Group([], [], *key))
-            group.layouts.append(row.slice.declaration.layout)
-            group.names.append(name)
-            group.params.append(parameters[name])
-        self.members: list[Optimizer] = [OPTIMIZERS[n.name](n.options, list(g.values())) for n, g in nodes.items()]
-        self.parameters = list(parameters.values())
+    Frozen slices have no state, do not move, and do not count in the gradient's norm; a parameter all of whose slices are
+    frozen has no gradient.
+    """
+
+    def __init__(self, model: nn.Module, rows: Sequence[Row]) -> None:
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.rows = list(rows)
+        self.trained = [row for row in rows if not row.settings.frozen]
+        alive = {row.slice.parameter for row in self.trained}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in alive)
+        self.live = [p for name, p in self.parameters.items() if name in alive]
+        self.members: dict[Key, Optimizer] = {}
+        self._group({})
+
+    # Groups -----------------------------------------------------------------------------------------------------------------
+
+    def _group(self, steps: Mapping[str, int]) -> None:
+        """Makes entries and groups. `steps`: by address, updates that a slice has had; slices with other counts stay apart."""
+        chosen: dict[Key, dict[tuple[float, float], Group]] = {}
+        nodes: dict[Key, Variant] = {}
+        for key, entry in self._entries(steps):
+            node, rate, decay, entry.steps = key
+            group = chosen.setdefault(node, {}).setdefault((rate, decay), Group([], rate, decay))
+            group.entries.append(entry)
+        for row in self.trained:
+            nodes.setdefault(_node_key(row), row.settings.optimizer)
+        self.members = {}
+        for name, groups in chosen.items():
+            node_of = nodes[name]
+            self.members[name] = OPTIMIZERS[node_of.name](node_of.options, list(groups.values()))
+        covered = sum(entry.view.numel() for _, entry in self._held())
+        assert covered == sum(row.slice.numel for row in self.trained), "every trained element is in exactly one entry"
+
+    def _entries(self, steps: Mapping[str, int]) -> Iterator[tuple[Key, Entry]]:
+        """Every entry with its settings: neighbouring rows of a parameter with equal settings are one, unless the optimizer takes
+        each slice as a matrix."""
+        by_parameter: dict[str, list[Row]] = {}
+        for row in self.trained:
+            by_parameter.setdefault(row.slice.parameter, []).append(row)
+        for name, rows in by_parameter.items():
+            parameter = self.parameters[name]
+            runs: list[tuple[Range, Key, list[Slice]]] = []
+            for row in rows:
+                part, node = row.slice, row.settings.optimizer
+                key = (_node_key(row), row.learning_rate, row.settings.weight_decay, steps.get(part.address, 0))
+                places = part.declaration.layout.runs(parameter.shape, part.labels)
+                if OPTIMIZERS[node.name].apart or places is None:  # type: ignore[attr-defined]
+                    yield key, Entry(parameter, part.view, (part,))
+                else:
+                    runs += [(place, key, [part]) for place in places]
+            for (a, b), key, parts in _merged(sorted(runs, key=lambda run: run[0])):
+                yield key, Entry(parameter, partial(_flat, a, b), tuple(parts))
+
+    def _held(self) -> Iterator[tuple[str, Entry]]:
+        """Every entry with its optimizer's name."""
+        for key, member in self.members.items():
+            for group in member.groups:
+                for entry in group.entries:
+                    yield key[0], entry
+
+    # Steps ------------------------------------------------------------------------------------------------------------------
 
     def step(self, factor: float) -> None:
         """One update of everything, learning rates times `factor`."""
-        for member in self.members:
+        for member in self.members.values():
             member.step(factor)
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
+        for parameter in self.live:
             parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """The gradients of all parameters of which a slice trains."""
+        return [p.grad for p in self.live if p.grad is not None]
+
+    def graded(self) -> list[Row]:
+        """The trained slices whose parameter has a gradient."""
+        return [row for row in self.trained if self.parameters[row.slice.parameter].grad is not None]
+
+    def norms(self, of: Callable[[nn.Parameter], Tensor | None]) -> list[Tensor]:
+        """The 2-norm of each trained slice of a tensor per parameter, in the order in which slices are listed: the same
+        numbers, to the bit, whatever the rules. A slice of a parameter without that tensor has none."""
+        whole = {name: of(self.parameters[name]) for name in dict.fromkeys(row.slice.parameter for row in self.trained)}
+        taken = [row.slice.view(t) for row in self.trained if (t := whole[row.slice.parameter]) is not None]
+        return list(torch._foreach_norm([t.contiguous() for t in taken]))
+
+    # State ------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """State tensors of all optimizers by kind and parameter name: names are unique, a parameter has one optimizer."""
-        return {name: tensor for member in self.members for name, tensor in member.state().items()}
+        """State as tensors that do not depend on how slices are grouped.
 
-    def load(self, saved: dict[str, Tensor], steps: int) -> None:
-        for member in self.members:
-            member.load(saved, steps)
+        'optimizer.kind/parameter' has the parameter's shape, with zeros where the optimizer has no part of it;
+        'optimizer.kind/address' is state of another shape, of one slice; 'optimizer.steps/parameter' the updates of each
+        slice, in the layout's order, -1 where another optimizer or none takes it.
+        """
+        made: dict[str, Tensor] = {}
+        orders = self._orders()
+        for name in self.parameters:
+            made[f"steps/{name}"] = torch.full((len(orders[name]),), NOT_HELD)
+        for optimizer, entry in self._held():
+            name = entry.covers[0].parameter
+            counts = made.setdefault(f"{optimizer}.steps/{name}", torch.full((len(orders[name]),), NOT_HELD))
+            for part in entry.covers:
+                counts[orders[name][part.address]] = made[f"steps/{name}"][orders[name][part.address]] = entry.steps
+            for kind, tensor in entry.state.items():
+                if tensor.shape != entry.view.shape:
+                    made[f"{optimizer}.{kind}/{entry.covers[0].address}"] = tensor
+                elif tensor.shape == entry.parameter.shape or tensor.numel() == entry.parameter.numel():
+                    made[f"{optimizer}.{kind}/{name}"] = tensor.view(entry.parameter.shape)
+                else:
+                    key = f"{optimizer}.{kind}/{name}"
+                    whole = made.setdefault(key, torch.zeros_like(entry.parameter.detach()).contiguous())
+                    entry.take(whole).copy_(tensor)
+        return made
+
+    def _orders(self) -> dict[str, dict[str, int]]:
+        """By parameter, the place of each slice's address in its layout's order."""
+        made: dict[str, dict[str, int]] = {}
+        for row in self.rows:
+            known = made.setdefault(row.slice.parameter, {})
+            known[row.slice.address] = len(known)
+        return made
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Continues from what `state` gave, also where rules have changed since.
+
+        A slice that was frozen starts anew; one that is frozen now loses its state. Raises ValueError with a sentence for a
+        slice whose state is another optimizer's, and for the state of another model.
+        """
+        orders = self._orders()
+        wanted = {f"steps/{name}": len(places) for name, places in orders.items()}
+        found = {key: t.numel() for key, t in saved.items() if key.startswith("steps/")}
+        if wanted != found:
+            odd = sorted(key.removeprefix("steps/") for key, n in {*wanted.items()} ^ {*found.items()})
+            told = ", ".join(dict.fromkeys(odd[:4]))
+            raise ValueError(f"the optimizer state is of another model: it differs in {told}")
+        steps = {}
+        for row in self.trained:
+            name, address = row.slice.parameter, row.slice.address
+            index, optimizer = orders[name][address], row.settings.optimizer.name
+            held = saved.get(f"{optimizer}.steps/{name}")
+            count = NOT_HELD if held is None else int(held[index])
+            if count == NOT_HELD and int(saved[f"steps/{name}"][index]) != NOT_HELD:
+                others = [k.partition(".")[0] for k, t in saved.items()
+                          if k.endswith(f".steps/{name}") and int(t[index]) != NOT_HELD]  # fmt: skip
+                raise ValueError(f"{address} was trained by {others[0]} and is now to be trained by {optimizer}, "
+                                 "which cannot continue from the other's state")  # fmt: skip
+            steps[address] = max(count, 0)
+        self._group(steps)
+        known: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for key, tensor in saved.items():
+            head, _, name = key.partition("/")
+            optimizer, _, kind = head.partition(".")
+            known.setdefault((optimizer, name), {})[kind] = tensor
+        for optimizer, entry in self._held():
+            if entry.steps:
+                part = entry.covers[0]
+                own, whole = (known.get((optimizer, name), {}) for name in (part.address, part.parameter))
+                _restore(entry, {**own, **whole})
+
+
+def _restore(entry: Entry, saved: Mapping[str, Tensor]) -> None:
+    """Fills an entry's state from tensors of its parameter's shape or, of one slice, of a shape of their own."""
+    name, shape = entry.covers[0].parameter, entry.parameter.shape
+    for kind, state in entry.state.items():
+        if kind not in saved:
+            raise ValueError(f"the optimizer state {kind} of {name} is missing")
+        given = saved[kind].contiguous()
+        taken = entry.take(given) if given.shape == shape else given
+        if taken.shape != state.shape:
+            raise ValueError(f"the optimizer state {kind} of {name} is {list(given.shape)}, not {list(shape)}")
+        state.copy_(taken)
+
+
+def _node_key(row: Row) -> Key:
+    """What slices of one optimizer agree in: all its options but those that rows have beside it."""
+    node = row.settings.optimizer
+    return (node.name, key_of(replace(node.options, learning_rate=0.0, weight_decay=0.0)))
+
+
+def _flat(start: int, stop: int, tensor: Tensor) -> Tensor:
+    """Elements of a tensor in the order of its memory."""
+    return tensor.reshape(-1)[start:stop]
+
+
+def _merged(runs: Sequence[tuple[Range, Key, list[Slice]]]) -> list[tuple[Range, Key, list[Slice]]]:
+    made: list[tuple[Range, Key, list[Slice]]] = []
+    for (a, b), key, parts in runs:
+        if made and made[-1][0][1] == a and made[-1][1] == key:
+            (first, _), _, before = made[-1]
+            made[-1] = ((first, b), key, before + [part for part in parts if part not in before])
+        else:
+            made.append(((a, b), key, parts))
+    return made

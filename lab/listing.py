@@ -15,6 +15,7 @@ from core.yaml_files import SUFFIXES, ConfigError, load_file, shown
 from engine.corpus import DATA
 from engine.data import Corpus, settle, stage_corpus
 from lab.axes import SweepError
+from lab.base import Bases, content_now, relative_to
 from lab.expand import Expansion, Run, expand, told
 from lab.reading import ConfigReader, default_value, sentences
 from lab.store import read_result
@@ -34,8 +35,8 @@ def corpus_of(data: DataConfig) -> Corpus:
     return stage_corpus(data.dataset, data.tokenizer, File(data.root) if data.root else DATA)
 
 
-def new_reader(plugins: dict[str, str]) -> ConfigReader:
-    return ConfigReader(CATALOGUE, corpus_of, GPT, plugins)
+def new_reader(plugins: dict[str, str], bases: Bases | None = None) -> ConfigReader:
+    return ConfigReader(CATALOGUE, corpus_of, GPT, plugins, bases)
 
 
 @dataclass
@@ -73,8 +74,12 @@ class Listing:
     def info(self, run: Run, wandb: str) -> RunInfo:
         """What a run's config.yaml says of its place in the sweep."""
         content = {"data": self.reader.corpus(run.config.data).meta.content_hash, **self.reader.plugins}
+        base = self.reader.base(run.config)
+        if base is not None:
+            content["init_from"] = base.content
         changed = {k: plain(v) for k, v in run.changed.items()}
-        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, content, wandb)
+        folder = str(base.folder) if base else ""
+        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, content, wandb, folder)
 
     def settle(self) -> None:
         """Moves corpora that were prepared on the way to their place."""
@@ -82,11 +87,14 @@ class Listing:
             settle(self.reader.corpus(data))
 
 
-def open_listing(file: File | None, words: Sequence[str]) -> Listing:
-    """Composes, expands and validates. Raises ConfigError with every mistake."""
+def open_listing(file: File | None, words: Sequence[str], trail: tuple[File, ...] = ()) -> Listing:
+    """Composes, expands and validates. `trail`: the files that start from one another and led here, this one included.
+
+    Raises ConfigError with every mistake.
+    """
     settings = parse_overrides(words)
     composed = compose(file, LIBRARY) if file is not None else Composed({}, {}, File.cwd())
-    tree, pins, places = apply_settings(composed.tree, settings)
+    tree, pins, places = apply_settings(composed.tree, relative_to(composed.folder, settings))
     composed.places.update(places)
     if file is not None and "name" not in tree:
         tree["name"] = file.stem
@@ -96,7 +104,8 @@ def open_listing(file: File | None, words: Sequence[str]) -> Listing:
         tree["plugins"] = list(plugins)
     swept = tree.get("sweep") is not None
     base = {k: v for k, v in tree.items() if k not in ("sweep", "run")}
-    reader = new_reader(plugins)
+    bases = Bases((composed.folder, File.cwd(), LIBRARY), lambda other: open_listing(other, (), (*trail, other)), trail)
+    reader = new_reader(plugins, bases)
     sweep, mistakes = _read_sweep(tree, composed, file) if swept else (Sweep(), [])
     expansion, found = expand(base, sweep, pins, reader, lambda t, path: default_value(CATALOGUE, t, path))
     # What a sweep says in vain follows from what is wrong in it, and is told once that is mended.
@@ -179,7 +188,7 @@ def load_run(folder: File, *, plugins: bool) -> tuple[Config, Corpus]:
     """The configuration and the corpus of a run folder.
 
     plugins: whether the run's own Python files may be executed. Raises ConfigError where they are needed and may not, where they or
-    the data are no longer those of the run, and for a configuration that cannot be read.
+    the data, or what it has yet to start from, are no longer those of the run, and for a configuration that cannot be read.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -195,7 +204,7 @@ def load_run(folder: File, *, plugins: bool) -> tuple[Config, Corpus]:
     if config is None:
         raise ConfigError(*sentences(mistakes, lambda p: loaded.places.get(p, str(path))))
     corpus = reader.corpus(config.data)
-    now = {"data": corpus.meta.content_hash, **reader.plugins}
+    now = {"data": corpus.meta.content_hash, **reader.plugins, **content_now(config, folder)}
     for name, content in config.run.content.items():
         if now.get(name, content) != content:
             raise ConfigError(

@@ -27,12 +27,15 @@ from core.options import (
     is_off,
     key_of,
     options_of,
-    plain,
 )
 from core.references import has_references, resolve
+from core.rules import Resolver, RuleMistakes, SliceRule
+from core.slices import slices
 from core.yaml_files import ConfigError, shown
 from gpt_conf import KINDS, ModelConfig
-from train_args import CONFIG_VERSION, Config, DataConfig
+from lab.base import Base, Bases
+from model import GPT, assemble
+from train_args import CONFIG_VERSION, Config, DataConfig, TrainConfig, with_vocabulary
 
 
 @dataclass
@@ -40,13 +43,14 @@ class ConfigReader:
     """Reads many trees of one sweep. Sections that trees share are read once; each distinct model is built once, without memory.
 
     `corpora(data)` gives the corpus of a data section: vocabulary, number of tokens, content hash. `build(model)` raises ValueError
-    for a model that cannot be.
+    for a model that cannot be. `bases` finds what training starts from; without it that is not looked at.
     """
 
     catalogue: Catalogue
     corpora: Callable[[DataConfig], Any]
     build: Callable[[ModelConfig], object]
     plugins: dict[str, str] = field(default_factory=dict)
+    bases: Bases | None = None
 
     def __post_init__(self) -> None:
         if self.plugins:
@@ -55,7 +59,8 @@ class ConfigReader:
         self._built: dict[Any, list[Mistake]] = {}
         self._checked: dict[tuple[int, int], tuple[ModelConfig, list[Mistake]]] = {}
         self._corpora: dict[DataConfig, Any] = {}
-        self._made: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._made: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._resolvers: dict[Any, Resolver] = {}
 
     def read(self, tree: Mapping[str, Any]) -> tuple[Config | None, list[Mistake]]:
         """The configuration that a tree says, and every mistake in it."""
@@ -63,13 +68,18 @@ class ConfigReader:
         broken: list[Mistake] = []
         if self.refers(tree):
             tree, broken = resolve(tree, lambda path: default_value(self.catalogue, given, path))
-        tree = self._fill_sites(tree)
+        tree = self._fill_rules(self._fill_sites(tree))
         self.reader.mistakes = found = []
         config = self.reader.read(Config, tree)
         found += self._check(config, tree)
+        found += self._check_base(None if found or broken else config, tree)
         # Where a reference failed there is null now, which is not the user's mistake.
         found = [m for m in found if not (broken and has_references(get(given, m.path)))]
-        return (None if found or broken else config), broken + found
+        if config is None or found or broken:
+            return None, broken + found
+        if base := self.base(config):
+            config = replace(config, train=replace(config.train, init_from=str(base.path)))
+        return config, []
 
     def refers(self, tree: Mapping[str, Any]) -> bool:
         """Whether a tree has references. Sections are shared by many trees and looked through once."""
@@ -88,6 +98,17 @@ class ConfigReader:
         if not isinstance(model, Mapping) or not isinstance(model.get("sites"), Mapping):
             return tree
         return {**tree, "model": self._once("sites", model, _filled)}
+
+    def _fill_rules(self, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A rule's mapping without a variant is about the run's own optimizer, or the model's own init."""
+        rules, optimizer, model = (tree.get(name) for name in ("slices", "optimizer", "model"))
+        if not isinstance(rules, Mapping) or not self._once("unnamed", rules, _unnamed):
+            return tree
+        key = ("rules", id(rules), id(optimizer), id(model))
+        if key not in self._made:
+            own = {"optimizer": optimizer, "init": model.get("init") if isinstance(model, Mapping) else None}
+            self._made[key] = ((rules, optimizer, model), {name: _owned(rule, own) for name, rule in rules.items()})
+        return {**tree, "slices": self._made[key][1]}
 
     def corpus(self, data: DataConfig) -> Any:
         """The corpus of a data section. Raises ValueError or OSError where there is none."""
@@ -121,7 +142,45 @@ class ConfigReader:
         key = (id(model), id(corpus))
         if key not in self._checked:
             self._checked[key] = (model, _fits(model, data.dataset, corpus) or self._build(model, corpus))
-        return self._checked[key][1]
+        return self._checked[key][1] or self._resolve(tree, model, corpus)
+
+    def _resolve(self, tree: Mapping[str, Any], model: ModelConfig, corpus: Any) -> list[Mistake]:
+        """What rules say that cannot hold of the model; nothing where a rule or the optimizer could not be read."""
+        given = tree.get("slices")
+        if not isinstance(given, Mapping) or not given:
+            return []
+        rules = {name: self.reader.known(SliceRule, rule) for name, rule in given.items()}
+        trial, spec = Reader(self.catalogue), fields_of(Config)["optimizer"]
+        node = trial.variant("optimizer", tree.get("optimizer", spec.default), ("optimizer",), spec.default)
+        if node is None or any(rule is None for rule in rules.values()):
+            return []
+        model = model if model.vocab_size else replace(model, vocab_size=corpus.meta.vocab_size)
+        try:
+            if any(rule.lora is not None for rule in rules.values()):
+                _, rows = assemble(model, rules, node)
+            else:
+                key = key_of(model)
+                if key not in self._resolvers:
+                    self._resolvers[key] = Resolver(slices(GPT(model)), self.catalogue)
+                rows = self._resolvers[key].resolve(rules, node)
+        except RuleMistakes as error:
+            return error.mistakes
+        frozen = all(row.settings.frozen for row in rows)
+        return [Mistake(("slices",), "every slice is frozen, so that nothing would train")] if frozen else []
+
+    def base(self, config: Config) -> Base | None:
+        """What a run starts from, if not from scratch. Raises Unusable where that is nowhere."""
+        named = config.train.init_from
+        return None if named is None or self.bases is None else self.bases.find(named)
+
+    def _check_base(self, config: Config | None, tree: Mapping[str, Any]) -> list[Mistake]:
+        """Whether what training starts from is there and, where the rest is free of mistakes, fits the model."""
+        train = self.reader.known(TrainConfig, tree.get("train", EMPTY))
+        if self.bases is None or train is None or train.init_from is None:
+            return []
+        if config is not None:
+            config = with_vocabulary(config, self.corpus(config.data).meta.vocab_size)
+        return self.bases.mistakes(train.init_from, config.model if config else None)
 
     def _build(self, model: ModelConfig, corpus: Any) -> list[Mistake]:
         model = model if model.vocab_size else replace(model, vocab_size=corpus.meta.vocab_size)
@@ -153,6 +212,8 @@ class ConfigReader:
             if spec.metadata["identity"] and name != "train"
         }
         content = {"data": self.corpus(config.data).meta.content_hash, "plugins": sorted(self.plugins.values())}
+        if base := self.base(config):
+            content["init_from"] = base.content
         train = differences(config.train)
         seed = train.pop("seed", None)
         said = {
@@ -180,6 +241,25 @@ def _check_catalogue(catalogue: Catalogue, names: str) -> None:
                     wrong = f"has Options whose types cannot be read: {error}"
             if wrong:
                 raise ConfigError(f"plugins: the {kind} '{name}' {wrong} ({names}).")
+
+
+def _unnamed(rules: Mapping[str, Any]) -> bool:
+    """Whether a rule has a mapping about an optimizer or an init that it does not name."""
+    nodes = [rule.get(kind) for rule in rules.values() if isinstance(rule, Mapping) for kind in ("optimizer", "init")]
+    return any(isinstance(node, Mapping) and "variant" not in node for node in nodes)
+
+
+def _owned(rule: Any, own: Mapping[str, Any]) -> Any:
+    """A rule in which such mappings are laid on the run's own node."""
+    if not isinstance(rule, Mapping):
+        return rule
+    made = dict(rule)
+    for kind, base in own.items():
+        if isinstance(node := rule.get(kind), Mapping) and "variant" not in node:
+            usual = fields_of(Config if kind == "optimizer" else ModelConfig)[kind].default.name
+            base = {"variant": usual, **(base or {})} if base is None or isinstance(base, Mapping) else base
+            made[kind] = merge(base, node)
+    return made
 
 
 def _filled(model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -226,7 +306,7 @@ def _difference(spec: Any, section: Any) -> str:
     elif is_dataclass(section):
         changed = differences(section)
     else:
-        changed = [[k, plain(v)] for k, v in section.items()]  # a list: in a named table the order counts
+        changed = [[k, differences(v)] for k, v in section.items()]  # a list: in a named table the order counts
     return json.dumps(changed, sort_keys=True) if changed else ""
 
 

@@ -21,6 +21,7 @@ from core.yaml_files import ConfigError, dump
 from engine.device import pick, provenance
 from engine.tracking import resolve_mode
 from lab import store
+from lab.base import ended_as, untrained
 from lab.executors import LocalExecutor, Trial
 from lab.expand import Run
 from lab.listing import ENDED, Listing
@@ -67,8 +68,29 @@ def exclusive(folder: Path) -> Iterator[str | None]:
         yield None
 
 
+def train_bases(listing: Listing) -> int:
+    """Carries out the files that runs of a listing start from, where they are not done. Returns the exit code."""
+    bases = untrained(listing)
+    if bases:
+        devices(listing.runs[0].config)  # what is missing for the runs themselves is told before hours of training
+    for base in bases:
+        assert base.listing is not None
+        threads = torch.get_num_threads()
+        code = run(base.listing)
+        torch.set_num_threads(threads)  # a run in this process sets its own
+        if code == STOPPED or (code == FAILED and base.status is None):  # the runner has said why
+            return code
+        if not base.ready:
+            print(ended_as(base, listing.folder), file=sys.stderr)
+            return FAILED
+    return OK
+
+
 def run(listing: Listing) -> int:
-    """Carries out every run that is not done. Returns the exit code. Raises ConfigError where nothing can be started."""
+    """Carries out every run that is not done, and before them what they start from. Returns the exit code.
+
+    Raises ConfigError where nothing can be started.
+    """
     folder = listing.folder
     try:
         listing.settle()
@@ -80,6 +102,8 @@ def run(listing: Listing) -> int:
         ) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if code := train_bases(listing):
+        return code
     with exclusive(folder) as other, redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
         if other is not None:
             print(

@@ -99,6 +99,7 @@ def test_slices(file: str, tmp_path: Path, capsys: Captured) -> None:
         "address",
         "shape",
         "parameters",
+        "learning_rate",
         "lr_scale",
         "weight_decay",
         "optimizer",
@@ -106,7 +107,8 @@ def test_slices(file: str, tmp_path: Path, capsys: Captured) -> None:
         "rules",
     ]
     assert [line.split()[0] for line in lines[1:-1]] == [row["address"] for row in rows]
-    assert lines[-1] == f"{len(rows)} slices, {sum(row['parameters'] for row in rows):,} parameters"
+    count = f"{sum(row['parameters'] for row in rows):,}"
+    assert lines[-1] == f"{len(rows)} slices, {count} parameters, {count} of them trained"
     assert any("16 x 16" in line for line in lines)
     assert nothing_started(tmp_path)
 

@@ -241,7 +241,7 @@ def test_an_unknown_corpus(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError) as caught:
         open_corpus(name, None, tmp_path)
     said = str(caught.value)
-    assert "Known: fineweb, mine, openwebtext, shakespeare_char, stdlib, text." in said
+    assert "Known: fineweb, mine, openwebtext, pydoc, shakespeare_char, stdlib, text." in said
     assert ("Did you mean 'shakespeare_char'?" in said) == (name == "shakespere_char")
     assert "--name NAME --input FILE" in said
 

@@ -10,7 +10,8 @@ import torch
 from conftest import Desk
 
 import train
-from core.slices import Declaration, Layout, Pattern, Slice, slices
+from core.addresses import Pattern
+from core.slices import Declaration, Layout, Slice, slices
 from model import GPT
 from train_args import with_vocabulary
 from variations.init.distributions import ZEROS
@@ -69,7 +70,8 @@ def test_what_a_pattern_matches(pattern: str, address: str, matches: bool | None
         with pytest.raises(ValueError, match="does not open and close once, at its end"):
             Pattern(pattern)
     else:
-        assert Pattern(pattern).matches(part(address)) is matches
+        one = part(address)
+        assert Pattern(pattern).matches(one.parameter, one.labels) is matches
 
 
 def test_addresses_of_a_model(desk: Desk) -> None:
@@ -142,8 +144,8 @@ def test_a_mapping_without_a_variant_is_about_the_models_own(desk: Desk) -> None
     ("site", "words"),
     [
         ("{match: ln_g, norm: none}", "model.sites.x: 'ln_g' matches no place where "),
-        ("{match: [], norm: none}", "model.sites.x.match: a site needs a pattern"),
-        ("{norm: none}", "model.sites.x.match: a site needs a pattern"),
+        ("{match: [], norm: none}", "model.sites.x.match: a rule needs a pattern"),
+        ("{norm: none}", "model.sites.x.match: a rule needs a pattern"),
         ("{match: ln_f}", "model.sites.x: the site chooses no variation"),
         ("{match: ln_f, norm: nome}", "model.sites.x.norm: no variant 'nome' (x.yaml:1). Did you mean 'none'?"),
         ("{match: ln_f, nrom: none}", "model.sites.x.nrom: unknown key (x.yaml:1). Did you mean 'norm'?"),

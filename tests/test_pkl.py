@@ -15,10 +15,12 @@ from properties import last_linears, logits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.rules import Resolver
 from core.slices import materialise, slices
-from engine.optim import Optimizers, table
+from engine.optim import Optimizers
 from model import GPT
 from train_args import Config
+from variations import CATALOGUE
 from variations.pkl import effective
 
 SCALES = [0.0, 0.5, 1.0, 1.25, math.sqrt(2), -3.0]
@@ -221,10 +223,10 @@ def test_compensation_divides_the_rate_of_a_and_b_alone(scale: float) -> None:
     adamw = read(Config, {}).optimizer
     for compensate in (False, True):
         model = make(**everywhere(scale=scale, compensate_step=compensate))
-        for row in table(model, adamw):
+        for row in Resolver(slices(model), CATALOGUE).resolve({}, adamw):
             mine = compensate and row.slice.labels[:1] in (("a",), ("b",))
             expected = 1 / (1 + abs(scale)) if mine else 1.0
-            assert row.lr_scale == expected and row.learning_rate == 1e-3 * expected
+            assert row.settings.lr_scale == expected and row.learning_rate == 1e-3 * expected
             assert ("default.pkl_step" in row.rules) == (mine and scale != 0)
 
 
@@ -250,7 +252,7 @@ def test_the_first_adam_step_of_the_effective_weight(scale: float, compensate: b
     before = {name: module.effective().detach().clone() for name, module in modules.items()}
     for net in (model, plain):
         losses(net).backward()
-        Optimizers(net, node).step(1.0)
+        Optimizers(net, Resolver(slices(net), CATALOGUE).resolve({}, node)).step(1.0)
     factor = 1.0 if compensate else 1 + abs(scale)
     for name, module in modules.items():
         weight: Any = others[name].weight

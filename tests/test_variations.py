@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from properties import CHECKS, logits
 from torch import Tensor, nn
 
 from core.options import NoOptions, options_of
+from core.slices import Declaration
 from gpt_conf import KINDS
 from variations import CATALOGUE
 from variations.activation import ACTIVATIONS
@@ -37,8 +39,8 @@ def test_optimizers_and_schedules_are_documented(case: Case) -> None:
 
 
 def test_every_kind_is_covered() -> None:
-    """Each dictionary is one of the kinds of a model, an optimizer or a schedule, and each entry is tried."""
-    assert set(CATALOGUE) == {*KINDS, "optimizer", "schedule"}
+    """Each dictionary is one of the kinds of a model, an optimizer, a schedule or an adapter, and each entry is tried."""
+    assert set(CATALOGUE) == {*KINDS, "optimizer", "schedule", "lora"}
     assert {(c.kind, c.name) for c in MODELS} == {(kind, name) for kind in KINDS for name in CATALOGUE[kind]}
 
 
@@ -215,8 +217,8 @@ class Global:
 class Unscaled(Linear):
     """A linear that forgets the residual gain."""
 
-    def declare_weight(self, options: Any, site: Site, parts: Any, role: str, gain: float) -> None:
-        super().declare_weight(options, site, parts, role, 1.0)
+    def declare_weight(self, options: Any, shape: tuple[int, int], what: Declaration) -> None:
+        super().declare_weight(options, shape, replace(what, residual=1.0))
 
 
 @pytest.mark.parametrize(

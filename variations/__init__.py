@@ -9,6 +9,7 @@ from variations.attention import ATTENTIONS
 from variations.embedding import EMBEDDINGS
 from variations.init import INITS
 from variations.linear import LINEARS
+from variations.lora import LORAS
 from variations.mlp import MLPS
 from variations.norm import NORMS
 from variations.optimizer import OPTIMIZERS
@@ -25,6 +26,7 @@ CATALOGUE: Catalogue = {
     "attention": ATTENTIONS,
     "mlp": MLPS,
     "init": INITS,
+    "lora": LORAS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }

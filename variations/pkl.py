@@ -12,13 +12,13 @@ with them decoupled decay. SGD's factor would be 1 + scale^2; rules on `[a]` and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from core.options import opt
-from core.slices import Declaration, Initialiser, Layout, declare
+from core.slices import Declaration, declare
 
 STACK = (("a", "b"),)
 
@@ -38,18 +38,20 @@ def declare_pkl(
     module: nn.Module,
     options: PKLOptions,
     shape: tuple[int, int],
-    parts: tuple[tuple[str, int], ...],
-    role: str,
-    init: Initialiser,
-    gain: float = 1.0,
+    what: Declaration,
 ) -> None:
-    """Declares `weight` [2, *shape], a and b, and the buffer `scale` (0-dim, in no checkpoint)."""
-    scale = options.scale
-    spread = 1.0 if options.naive_init else 1 / math.sqrt(1 + scale * scale)
-    step = 1 / (1 + abs(scale)) if options.compensate_step else 1.0
-    layout = Layout(parts, dim=-2, stack=STACK)
-    declare(module, "weight", (2, *shape), Declaration(layout, role, init, gain * spread, step))
-    module.register_buffer("scale", torch.tensor(scale), persistent=False)
+    """Declares `weight` [2, *shape], a and b, of which the effective weight `what` is made, and the buffer `scale` (0-dim, in no
+    checkpoint)."""
+    square = 1 + options.scale * options.scale
+    made = replace(what, layout=replace(what.layout, stack=STACK), summed=STACK[0])
+    if not options.naive_init:
+        # Independent draws add up in variance. What is exact is drawn once: of all a and b with a + scale b = w the smallest.
+        shares = {"a": 1 / square, "b": options.scale / square}
+        made = replace(made, gain=what.gain / math.sqrt(square), shares=shares)
+    if options.compensate_step:
+        made = replace(made, step=1 / (1 + abs(options.scale)))
+    declare(module, "weight", (2, *shape), made)
+    module.register_buffer("scale", torch.tensor(options.scale), persistent=False)
 
 
 def effective(weight: Tensor, scale: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from core.addresses import select
 from core.options import Catalogue, Invalid, Variant, nearest
-from core.slices import Initialiser, pattern, select
-from gpt_conf import ModelConfig, SiteRule
+from core.slices import Initialiser
+from gpt_conf import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,10 @@ class Site:
         for name, rule in self.config.sites.items():
             nodes = rule.nodes()
             said = next((k for k in hits if k in nodes), None)
-            if said and self.meant(name, rule):
+            if said and select(rule.patterns, rule.exceptions, lambda p: p.matches_module(self.path)):
                 chosen = nodes[said]
                 hits[said].append(name)
         return chosen
-
-    def meant(self, name: str, rule: SiteRule) -> bool:
-        """Whether this place is one of a rule's. Raises Invalid for a pattern that is none, or is about parts of a weight."""
-        for key, texts in (("match", rule.patterns), ("except", rule.exceptions)):
-            for text in texts:
-                try:
-                    if pattern(text).about_parts:
-                        raise ValueError(f"'{text}' is about parts of a weight, and a site is a whole module")
-                except ValueError as error:
-                    raise Invalid((f"sites.{name}.{key}", str(error))) from error
-        return select(rule.patterns, rule.exceptions, lambda p: p.matches_module(self.path))
 
     def find(self, kind: str, fallback: str | None = None) -> tuple[Any, Any]:
         """The class of the variation of `kind` here, and its options."""
@@ -79,9 +69,8 @@ class Site:
         return made
 
     def residual_gain(self) -> float:
-        """The multiplier of a projection onto the residual stream: 1/sqrt(2 n_layer) as in GPT-2, unless the init opts out."""
-        _, options = self.find("init")
-        return 1 / math.sqrt(2 * self.config.n_layer) if getattr(options, "scale_residual", True) else 1.0
+        """The multiplier of a projection onto the residual stream: 1/sqrt(2 n_layer) as in GPT-2."""
+        return 1 / math.sqrt(2 * self.config.n_layer)
 
     def unused(self) -> list[tuple[str, str]]:
         """What site rules chose and no place took, each with a sentence. Meaningful once the model is built."""

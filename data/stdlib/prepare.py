@@ -4,9 +4,10 @@
 
 Each file follows a comment line with its path. Whole files are held out for validation, about one in ten, chosen by a
 hash of their path: so the choice stays from one version of Python to the next, and is not one corner of the library.
-Left out are tests, packages installed by others, and the codec tables under `encodings`, which a program wrote. For
-`char` also files with other characters than printable ASCII, newline and tab, so that the vocabulary stays below a
-hundred. The content depends on the version of Python: its hash, not its name, says what was trained on.
+Left out are tests, packages installed by others, and what a program wrote: the codec tables under `encodings` and the
+text of `pydoc_data`, which is the corpus `pydoc`. For `char` also files with other characters than printable ASCII,
+newline and tab, so that the vocabulary stays below a hundred. The content depends on the version of Python: its hash,
+not its name, says what was trained on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data.preparing import arguments, run, simple_tokenizer, write_texts
 TOKENIZERS = ("byte", "char")
 SELF_PREPARING = True
 
-LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 PLAIN = {chr(code) for code in range(32, 127)} | {"\n", "\t"}
 HELD_OUT = 10  # one file in so many
 

@@ -38,8 +38,11 @@ class CausalAttention(nn.Module):
         self.path, self.heads, self.kv_heads, self.width = site.path, c.n_head, c.kv_heads, c.head_width
         q, kv = self.heads * self.width, self.kv_heads * self.width
         parts = (("q", q), ("k", kv), ("v", kv))
-        self.qkv = site.make("linear", "qkv", in_features=c.n_embd, out_features=q + 2 * kv, parts=parts)
-        self.proj = site.make("linear", "proj", in_features=q, out_features=c.n_embd, residual=True)
+        self.qkv = site.make(
+            "linear", "qkv", in_features=c.n_embd, out_features=q + 2 * kv, parts=parts, blocks=(-2, self.width)
+        )
+        heads = (-1, self.width)
+        self.proj = site.make("linear", "proj", in_features=q, out_features=c.n_embd, residual=True, blocks=heads)
         self.q_norm = site.make("norm", "q_norm", width=self.width) if options.qk_norm else None
         self.k_norm = site.make("norm", "k_norm", width=self.width) if options.qk_norm else None
         cls, _ = site.at("position").find("position")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.slices import Declaration, Layout
 from variations.cache import Cache
 from variations.pkl import PKLOptions, declare_pkl, effective
 from variations.site import Site
@@ -22,7 +23,7 @@ class PKLEmbedding(nn.Module):
 
     def __init__(self, options: PKLOptions, site: Site, *, rows: int, width: int) -> None:
         super().__init__()
-        declare_pkl(self, options, (rows, width), (), "embedding", site.initialiser())
+        declare_pkl(self, options, (rows, width), Declaration(Layout(dim=-2), "embedding", site.initialiser()))
 
     def effective(self) -> Tensor:
         return effective(self.weight, self.scale)

@@ -1,6 +1,17 @@
 """Initial values: what fills one logical matrix. Residual scaling and PKL's like-for-like factor are applied on top."""
 
-from variations.init.distributions import Kaiming, Normal, Ones, Orthogonal, TruncatedNormal, Uniform, Xavier, Zeros
+from variations.init.distributions import (
+    Identity,
+    Kaiming,
+    Mup,
+    Normal,
+    Ones,
+    Orthogonal,
+    TruncatedNormal,
+    Uniform,
+    Xavier,
+    Zeros,
+)
 
 INITS: dict[str, type] = {
     "normal": Normal,
@@ -9,6 +20,8 @@ INITS: dict[str, type] = {
     "xavier": Xavier,
     "kaiming": Kaiming,
     "orthogonal": Orthogonal,
+    "identity": Identity,
+    "mup": Mup,
     "zeros": Zeros,
     "ones": Ones,
 }

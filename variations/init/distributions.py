@@ -18,9 +18,14 @@ class Distribution:
     """A named distribution with options; `str()` shows it as tables do."""
 
     Options: type = NoOptions
+    exact = False  # see core.slices.Initialiser
 
     def __init__(self, options: object) -> None:
         self.options = options
+
+    @property
+    def scale_residual(self) -> bool:
+        return bool(getattr(self.options, "scale_residual", True))
 
     def __str__(self) -> str:
         shown = [f"{f.name}={getattr(self.options, f.name)}" for f in fields(self.options)]  # type: ignore[arg-type]
@@ -128,10 +133,46 @@ class Orthogonal(Distribution):
 
     Options = Scaled
     options: Scaled
+    exact = True
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         made = nn.init.orthogonal_(torch.empty((*shape, 1) if len(shape) == 1 else shape), generator=generator)
         return made.view(shape) * self.options.scale
+
+
+class Identity(Distribution):
+    """Formula: w_ij = scale if i = j, else 0
+    Source: Le, Jaitly and Hinton, arXiv 1504.00941.
+    Shapes: [out, in], also where they differ; a vector is filled with scale.
+    """
+
+    Options = Scaled
+    options: Scaled
+    exact = True
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        return (torch.ones(shape) if len(shape) == 1 else torch.eye(*shape)) * self.options.scale
+
+
+@dataclass(frozen=True)
+class WidthScaled(Spread):
+    """A deviation that is given at one width."""
+
+    base_width: int = opt(256, "The number of inputs at which the deviation is std.", ge=1)
+
+
+class Mup(Distribution):
+    """Formula: w ~ N(0, std^2 base_width / in)
+    Source: hidden weights of the maximal update parameterisation, Yang et al., arXiv 2203.03466, table 3.
+    Shapes: [out, in].
+    """
+
+    Options = WidthScaled
+    options: WidthScaled
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        std = self.options.std * math.sqrt(self.options.base_width / shape[-1])
+        return torch.empty(shape).normal_(0.0, 1.0, generator=generator) * std
 
 
 class Zeros(Distribution):
@@ -149,6 +190,8 @@ class Ones(Distribution):
     Source: the gain of a fresh norm (arXiv 1607.06450).
     Shapes: any.
     """
+
+    exact = True
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         return torch.ones(shape)

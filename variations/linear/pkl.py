@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from core.slices import Declaration
 from variations.linear.standard import Linear
 from variations.pkl import PKLOptions, declare_pkl, effective
-from variations.site import Site
 
 
 class PKLLinear(Linear):
@@ -18,10 +18,11 @@ class PKLLinear(Linear):
     Options = PKLOptions
     scale: Tensor
 
-    def declare_weight(
-        self, options: PKLOptions, site: Site, parts: tuple[tuple[str, int], ...], role: str, gain: float
-    ) -> None:
-        declare_pkl(self, options, (self.out_features, self.in_features), parts, role, site.initialiser(), gain)
+    def declare_weight(self, options: PKLOptions, shape: tuple[int, int], what: Declaration) -> None:
+        declare_pkl(self, options, shape, what)
 
     def effective(self) -> Tensor:
         return effective(self.weight, self.scale)
+
+    def absorb(self, weight: Tensor) -> None:
+        self.weight[0].add_(weight - self.effective())

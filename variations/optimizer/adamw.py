@@ -33,14 +33,15 @@ class AdamW(Optimizer):
 
     def update(self, group: Group, lr: float) -> None:
         # The kernel under torch.optim.AdamW(fused=True), called without that class, whose first use imports the compiler (seconds).
-        step = torch.full((), float(self.steps), device=group.params[0].device)
+        device = group.params[0].device
+        steps = {n: torch.full((), float(n), device=device) for n in {entry.steps for entry in group.entries}}
         torch._fused_adamw_(
             group.params,
-            [p.grad for p in group.params],  # type: ignore[misc]
-            group.state["exp_avg"],
-            group.state["exp_avg_sq"],
+            group.grads,
+            group.state("exp_avg"),
+            group.state("exp_avg_sq"),
             [],
-            [step] * len(group.params),
+            [steps[entry.steps] for entry in group.entries],
             lr=lr,
             beta1=self.options.betas[0],
             beta2=self.options.betas[1],

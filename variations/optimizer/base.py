@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.options import opt
-from core.slices import Layout
+from core.slices import Slice
 
 
 @dataclass(frozen=True)
@@ -17,72 +18,101 @@ class OptimizerOptions:
     """Shared by all optimizers."""
 
     learning_rate: float = opt(1e-3, "Peak learning rate.", ge=0.0)
-    weight_decay: float = opt(0.1, "Decoupled weight decay of matrices and embeddings (vectors have none).", ge=0.0)
+    weight_decay: float = opt(0.1, "Weight decay of matrices and embeddings (vectors have none).", ge=0.0)
+
+
+@dataclass
+class Entry:
+    """Elements of one parameter that are updated together: rows of slices with equal settings, or one slice.
+
+    take: the elements, as a view of the parameter or of any tensor shaped like it. covers: the slices, with the part of the taken
+    elements that is theirs. steps: updates so far.
+    """
+
+    parameter: Tensor
+    take: Callable[[Tensor], Tensor]
+    covers: tuple[Slice, ...]
+    steps: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.view = self.take(self.parameter.detach())
+        self.dense = self.view.is_contiguous()
+        self.place = self.view if self.dense else torch.empty_like(self.view, memory_format=torch.contiguous_format)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of the elements, contiguous."""
+        grad = self.parameter.grad
+        return None if grad is None else self.take(grad).contiguous()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, of an entry that is one slice."""
+        (part,) = self.covers
+        return part.shape
 
 
 @dataclass
 class Group:
-    """Tensors that share settings. `learning_rate` is the peak, slice multipliers included. `params` hold their gradients.
+    """Entries that share settings, all of which have gradients. `learning_rate` is the peak, slice multipliers included."""
 
-    `layouts` says where in each tensor its logical matrices lie; without it, each tensor is one (or a stack of them).
-    """
-
-    names: list[str]
-    params: list[Tensor]
+    entries: list[Entry]
     learning_rate: float
     weight_decay: float
-    state: dict[str, list[Tensor]] = field(default_factory=dict)  # a list like `params` for each kind of state
-    layouts: list[Layout] = field(default_factory=list)
 
-    def live(self) -> Group:
-        """The part of the group that has gradients."""
-        kept = [i for i, p in enumerate(self.params) if p.grad is not None]
-        state = {kind: [tensors[i] for i in kept] for kind, tensors in self.state.items()}
-        names, layouts = [self.names[i] for i in kept], [self.layouts[i] for i in kept]
-        return replace(self, names=names, params=[self.params[i] for i in kept], state=state, layouts=layouts)
+    @property
+    def params(self) -> list[Tensor]:
+        """What is updated, contiguous; fused kernels write wrong elements of strided views."""
+        return [entry.place for entry in self.entries]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [grad for entry in self.entries if (grad := entry.grad) is not None]
+
+    def state(self, kind: str) -> list[Tensor]:
+        return [entry.state[kind] for entry in self.entries]
 
 
 class Optimizer:
-    """Steps groups. Subclasses give `kinds`, the names of their per-tensor state, and `update`."""
+    """Steps groups. Subclasses give `update` and `kinds`, the names of their state of the elements' shape, or else `fresh`.
+
+    roles: those it takes by default (None: all); the rest goes to the optimizer in `options.rest`. takes: those it can take where a
+    rule names it. apart: whether each slice is an entry of its own, in its logical shape, because the update of an
+    element depends on the others.
+    """
 
     kinds: tuple[str, ...] = ()
-    roles: tuple[str, ...] | None = (
-        None  # None: takes every role; else the rest goes to the optimizer in `options.rest`
-    )
+    roles: tuple[str, ...] | None = None
+    takes: tuple[str, ...] | None = None
+    apart = False
 
-    def __init__(self, options: Any, groups: list[Group]) -> None:
-        self.options, self.groups = options, groups
-        self.steps = 0
-        for group in groups:
-            group.layouts = group.layouts or [Layout()] * len(group.params)
-            assert all(p.is_contiguous() for p in group.params), "fused updates write wrong elements of strided views"
-            for kind in self.kinds:
-                group.state[kind] = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in group.params]
+    def __init__(self, options: Any, groups: Sequence[Group]) -> None:
+        self.options, self.groups = options, list(groups)
+        for group in self.groups:
+            for entry in group.entries:
+                entry.state = self.fresh(entry)
+
+    def fresh(self, entry: Entry) -> dict[str, Tensor]:
+        """The state of an entry before its first update."""
+        return {kind: torch.zeros_like(entry.place) for kind in self.kinds}
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One update with every learning rate multiplied by `factor`."""
-        self.steps += 1
         for group in self.groups:
-            live = group.live()
-            if live.params:
-                self.update(live, group.learning_rate * factor)
+            live = [entry for entry in group.entries if entry.parameter.grad is not None]
+            if not live:
+                continue
+            for entry in live:
+                entry.steps += 1
+                if not entry.dense:
+                    entry.place.copy_(entry.view)
+            self.update(Group(live, group.learning_rate, group.weight_decay), group.learning_rate * factor)
+            for entry in live:
+                if not entry.dense:
+                    entry.view.copy_(entry.place)
 
     def update(self, group: Group, lr: float) -> None:
-        """Moves `group.params` by their gradients, all of which are there."""
+        """Moves `group.params` by `group.grads`."""
         raise NotImplementedError
-
-    def state(self) -> dict[str, Tensor]:
-        """Every state tensor as 'kind/name'."""
-        return {
-            f"{kind}/{name}": tensor
-            for group in self.groups
-            for kind in self.kinds
-            for name, tensor in zip(group.names, group.state[kind], strict=True)
-        }
-
-    def load(self, saved: dict[str, Tensor], steps: int) -> None:
-        """Restores what `state` gave, and the number of steps. Raises KeyError for a tensor that is missing."""
-        self.steps = steps
-        for name, tensor in self.state().items():
-            tensor.copy_(saved[name])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.options import Invalid, Variant, opt, variant
-from variations.optimizer.base import Group, Optimizer, OptimizerOptions
+from variations.optimizer.base import Entry, Group, Optimizer, OptimizerOptions
 
 COEFFICIENTS = (
     3.4445,
@@ -43,6 +42,7 @@ class MuonOptions(OptimizerOptions):
     momentum: float = opt(0.95, "Decay of the averaged gradient.", ge=0.0, lt=1.0)
     nesterov: bool = opt(True, "Whether the step looks ahead along the averaged gradient.")
     ns_steps: int = opt(5, "Newton-Schulz iterations.", ge=1, le=20)
+    heads_apart: bool = opt(False, "Whether the heads of attention's matrices are matrices of their own.")
     rest: Variant = variant("optimizer", "adamw", "The optimizer of embeddings, the head and vectors.")
 
     def __post_init__(self) -> None:
@@ -53,27 +53,35 @@ class MuonOptions(OptimizerOptions):
 class Muon(Optimizer):
     """Formula: m <- mu m + (1 - mu) g; w <- (1 - lr decay) w - lr sqrt(max(1, rows/cols)) orth(g + mu (m - g))
     Source: K. Jordan et al., Muon, 2024; Bernstein and Newhouse, arXiv 2409.20325.
-    Shapes: [..., rows, cols]; leading axes are matrices of their own, and so are the parts of a fused weight.
+    Shapes: [rows, cols]; each slice is a matrix of its own, with heads_apart each head of it.
     """
 
     Options = MuonOptions
     kinds = ("momentum",)
     roles = ("matrix",)
+    takes = ("matrix", "embedding")
+    apart = True
 
     def update(self, group: Group, lr: float) -> None:
         o: MuonOptions = self.options
-        momentum, grads = group.state["momentum"], [p.grad for p in group.params if p.grad is not None]
+        params, momentum, grads = group.params, group.state("momentum"), group.grads
         torch._foreach_lerp_(momentum, grads, 1 - o.momentum)
         directions = torch._foreach_lerp(grads, momentum, o.momentum) if o.nesterov else momentum
         if group.weight_decay:
-            torch._foreach_mul_(group.params, 1 - lr * group.weight_decay)
-        # By shape, each logical matrix's place in its weight and its direction.
-        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for weight, direction, layout in zip(group.params, directions, group.layouts, strict=True):
-            for labels, part in layout.split(direction).items():
-                alike.setdefault(part.shape[-2:], []).append((layout.view(weight, labels), part))
+            torch._foreach_mul_(params, 1 - lr * group.weight_decay)
+        # By shape, every logical matrix's place in its weight and its direction.
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for entry, weight, direction in zip(group.entries, params, directions, strict=True):
+            pairs = zip(*(self.matrices(entry, t) for t in (weight, direction)), strict=True)
+            for place, matrix in pairs:
+                alike.setdefault(matrix.shape, []).append((place, matrix))
         for (rows, cols), same in alike.items():
-            batch = torch.cat([part.reshape(-1, rows, cols) for _, part in same])
-            parts = orthogonalise(batch, o.ns_steps).split([part.shape[:-2].numel() for _, part in same])
-            updates = [x.reshape(place.shape) for x, (place, _) in zip(parts, same, strict=True)]
+            updates = orthogonalise(torch.stack([matrix for _, matrix in same]), o.ns_steps).unbind(0)
             torch._foreach_add_([place for place, _ in same], updates, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+
+    def matrices(self, entry: Entry, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The logical matrices of an entry's tensor, as views."""
+        whole, blocks = tensor.view(entry.shape), entry.covers[0].declaration.blocks
+        if whole.dim() > 2:  # leading axes without labels
+            return whole.flatten(0, -3).unbind(0)
+        return whole.split(blocks[1], blocks[0]) if self.options.heads_apart and blocks else (whole,)

@@ -1,0 +1,226 @@
+"""Adapters: what rules ask for, planned from the table, attached to linear maps from outside, and merged back into them.
+
+An adapter belongs to one linear map and to some rows of its output. It is a module of the catalogue's kind `lora`, made as
+`Class(options, path, rows, columns)`; `adapter(x, linear)` is what it adds to its rows of the output, `adapter.merged(weight)`
+those rows of the weight with it, `adapter.begin(weight)` is told them when training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.addresses import ADAPTER, is_adapter, spelled
+from core.layout import Range, merged
+from core.options import Catalogue, Mistake, Variant
+from core.rules import Row, RuleMistakes
+from core.weights import compare
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter to be made: at which linear map, under which name, for which rows of its output."""
+
+    linear: str
+    name: str
+    ranges: tuple[Range, ...]
+    columns: int
+    node: Variant
+
+    @property
+    def rows(self) -> int:
+        return sum(b - a for a, b in self.ranges)
+
+
+def plan(model: nn.Module, rows: Sequence[Row]) -> list[Adapter]:
+    """The adapters that a table asks for: one for each part that a bracket named, else one for all parts of a weight together.
+
+    Raises RuleMistakes where a weight cannot have one, or the rank exceeds what it adapts.
+    """
+    asked: dict[str, list[Row]] = {}
+    wrong: dict[Any, Mistake] = {}
+    modules = dict(model.named_modules())
+    for row in rows:
+        if row.settings.lora is None or row.slice.declaration.role == "vector" or is_adapter(row.slice.parameter):
+            continue
+        why = _unfit(row, modules)
+        if why:
+            wrong.setdefault(_rule(row), Mistake(("slices", _rule(row), "lora"), why))
+        else:
+            asked.setdefault(row.slice.parameter, []).append(row)
+    made = [adapter for parameter, some in asked.items() for adapter in _of_weight(parameter, some, wrong)]
+    for name in {_rule(row) for row in rows if row.settings.lora is not None} - {
+        _rule(row) for some in asked.values() for row in some
+    }:
+        wrong.setdefault(name, Mistake(("slices", name, "lora"), "none of what the rule matches is a linear map"))
+    if wrong:
+        raise RuleMistakes(list(wrong.values()))
+    return made
+
+
+def _rule(row: Row) -> str:
+    return row.settings.origins["lora"][-1]
+
+
+def _unfit(row: Row, modules: dict[str, nn.Module]) -> str:
+    """Why a weight can have no adapter, in a sentence; empty where it can."""
+    part = row.slice
+    owners = [modules[name.rpartition(".")[0]] for name in (part.parameter, *part.aliases)]
+    if any(not hasattr(owner, "op") for owner in owners):
+        tied = f" (tied as {' and '.join((part.parameter, *part.aliases))})" if part.aliases else ""
+        return f"{part.address}{tied} is looked up, not multiplied; an adapter needs a linear map"
+    return ""
+
+
+def _of_weight(parameter: str, some: list[Row], wrong: dict[Any, Mistake]) -> Iterator[Adapter]:
+    """The adapters of one weight. Its slices that are numbers of one part (PKL) must all be asked for, alike."""
+    what = some[0].slice.declaration
+    parts: dict[str, list[Row]] = {}
+    for row in some:
+        name = next((x for x in row.slice.labels if x not in what.summed), "")
+        parts.setdefault(name, []).append(row)
+    count = max(1, len(what.summed))
+    together: dict[Any, tuple[Row, list[Range], str]] = {}
+    for name, alike in parts.items():
+        if len(alike) != count or any(row.settings.lora != alike[0].settings.lora for row in alike):
+            text = f"{alike[0].slice.address} is one number of a weight that has {count}; an adapter is for all of them alike"
+            wrong.setdefault(_rule(alike[0]), Mistake(("slices", _rule(alike[0]), "lora"), text))
+            continue
+        row = alike[0]
+        ranges = what.layout.ranges(name) if name else [(0, row.slice.shape[-2])]
+        whole = row.settings.lora_whole or not name
+        known = together.setdefault((_rule(row), "" if whole else name), (row, [], "" if whole else name))
+        known[1].extend(ranges)
+    for row, ranges, name in together.values():
+        node = row.settings.lora
+        assert node is not None
+        linear = parameter.rpartition(".")[0]
+        adapter = Adapter(
+            linear, f"{ADAPTER}[{name}]" if name else ADAPTER, tuple(merged(ranges)), row.slice.shape[-1], node
+        )
+        smaller = min(adapter.rows, adapter.columns)
+        if node.options.rank > smaller:
+            place = spelled(parameter, (name,) if name else ())[2]
+            text = f"{node.options.rank} is more than {smaller}, the smaller side of {place}"
+            wrong.setdefault(_rule(row), Mistake(("slices", _rule(row), "lora", "rank"), text))
+        yield adapter
+
+
+# Attached ------------------------------------------------------------------------------------------------------------------
+
+
+class _Add(torch.autograd.Function):
+    """y[..., rows] += change for each change, in place: nothing is done over the full width, in neither direction."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, places: Sequence[Sequence[Range]], *changes: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.places = places
+        for ranges, change in zip(places, changes, strict=True):
+            start = 0
+            for a, b in ranges:
+                y[..., a:b] += change[..., start : start + b - a]
+                start += b - a
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        return (grad, None, *(take(grad, ranges, -1) for ranges in ctx.places))
+
+
+def take(tensor: Tensor, ranges: Sequence[Range], dim: int) -> Tensor:
+    """The rows of some ranges along `dim`: a view where there is one range."""
+    some = [tensor.narrow(dim, a, b - a) for a, b in ranges]
+    return some[0] if len(some) == 1 else torch.cat(some, dim)
+
+
+def attach(model: nn.Module, adapters: Iterable[Adapter], catalogue: Catalogue) -> None:
+    """Makes the planned adapters, empty as the model's own parameters are, below the linear maps they belong to."""
+    for planned in adapters:
+        linear = model.get_submodule(planned.linear)
+        cls: Any = catalogue["lora"][planned.node.name]
+        path = f"{planned.linear}.{planned.name}"
+        adapter = cls(planned.node.options, path=path, rows=planned.rows, columns=planned.columns)
+        adapter.ranges = planned.ranges
+        if not adapters_of(linear):
+            linear.register_forward_hook(_adapt)
+        linear.add_module(planned.name, adapter)
+
+
+def adapters_of(linear: nn.Module) -> list[Any]:
+    """The adapters of a linear map, in the order in which they were attached."""
+    return [module for name, module in linear.named_children() if name.partition("[")[0] == ADAPTER]
+
+
+def adapted(model: nn.Module) -> list[tuple[Any, list[Any]]]:
+    """Every linear map that has adapters, and these."""
+    return [(module, found) for module in model.modules() if (found := adapters_of(module))]
+
+
+def _adapt(linear: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    some = adapters_of(linear)
+    changes = [adapter(args[0], y, linear) for adapter in some]
+    out: Tensor = _Add.apply(y, [adapter.ranges for adapter in some], *changes)
+    return out
+
+
+@torch.no_grad()
+def begin(model: nn.Module) -> None:
+    """Tells every adapter the weight that it begins with."""
+    for linear, some in adapted(model):
+        weight = linear.effective()
+        for adapter in some:
+            adapter.begin(take(weight, adapter.ranges, -2))
+
+
+@torch.no_grad()
+def effective(linear: Any) -> Tensor:
+    """The weight [out, in] that a linear map multiplies with, its adapters included."""
+    weight: Tensor = linear.effective()
+    some = adapters_of(linear)
+    if not some:
+        return weight
+    made = weight.clone()
+    for adapter in some:
+        new, start = adapter.merged(take(weight, adapter.ranges, -2)), 0
+        for a, b in adapter.ranges:
+            made[a:b] = new[start : start + b - a]
+            start += b - a
+    return made
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of all adapters by their addresses, such as `h.0.attn.qkv[q].lora_a`: what is saved alone."""
+    return {spelled(n, ())[2]: p.detach().clone() for n, p in model.named_parameters() if is_adapter(n)}
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Fills the adapters of a model. Raises ValueError that lists what is missing, left over, or of another shape."""
+    own = {spelled(n, ())[2]: p for n, p in model.named_parameters() if is_adapter(n)}
+    compare(own, saved, "adapters are")
+    for address, parameter in own.items():
+        parameter.copy_(saved[address])
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> list[str]:
+    """Puts every adapter into the weight it adapts and takes it away; outputs stay those of evaluation. Returns their addresses."""
+    gone = []
+    for path, linear in list(model.named_modules()):
+        if not adapters_of(linear):
+            continue
+        whole: Any = linear
+        whole.absorb(effective(linear))
+        for name in [n for n, _ in linear.named_children() if n.partition("[")[0] == ADAPTER]:
+            gone.append(f"{path}{name.removeprefix(ADAPTER)}")
+            delattr(linear, name)
+        hooks = linear._forward_hooks
+        for key in [k for k, hook in hooks.items() if hook is _adapt]:
+            del hooks[key]
+    return gone

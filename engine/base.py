@@ -1,0 +1,71 @@
+"""The weights that a run starts from: those of another run's newest checkpoint. Adapters are never among them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from core.addresses import is_adapter
+from core.weights import mismatch, weights
+from core.yaml_files import ConfigError
+from engine import checkpoint
+from engine.checkpoint import Checkpoint
+
+FILE = "model.safetensors"
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run folder, or None."""
+    return checkpoint.latest(folder / "checkpoint")
+
+
+def shapes(saved: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a saved model by name, without memory: only the file's header is read."""
+    with safe_open(saved.folder / FILE, "pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+
+
+def digest(saved: Checkpoint) -> str:
+    """The hash of a saved model's content: sixteen hexadecimal digits."""
+    with (saved.folder / FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def unfit(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> str:
+    """Why a model with the tensors `own` cannot start from those of `base`, in words; empty where it can.
+
+    Names and shapes are compared. Adapters are new in the model and need no tensor in the base.
+    """
+    if any(is_adapter(name) for name in base):
+        return "it has adapters; merge them first"
+    wrong = mismatch(_bare(own), base)
+    return f"its weights are of another model: {wrong}" if wrong else ""
+
+
+def load_base(model: nn.Module, folder: Path) -> None:
+    """Fills the model's own tensors, adapters left out, from the newest checkpoint of the run folder `folder`.
+
+    Raises ConfigError where there is none, or where it is not exactly of this model.
+    """
+    saved = newest(folder)
+    if saved is None:
+        raise ConfigError(f"{folder}: there is no checkpoint to start from. Run the sweep's file again.")
+    own = weights(model)
+    try:
+        base = saved.model()
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{saved.folder}: the weights to start from cannot be read: {error}.") from error
+    if why := unfit(own, base):
+        raise ConfigError(f"{saved.folder}: the run cannot start from it: {why}.")
+    with torch.no_grad():
+        for name, tensor in _bare(own).items():
+            tensor.copy_(base[name])
+
+
+def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}

@@ -1,0 +1,44 @@
+"""DoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.lora import take
+from core.slices import Declaration, Layout, declare
+from variations.init.distributions import ONES
+from variations.lora.lora import LoRA
+
+
+class DoRA(LoRA):
+    """Formula: y = x W'^T, W' = m (W + scale B A) / |W + scale B A|, norms of rows, through which no gradient flows
+    Source: Liu et al., arXiv 2402.09353, section 4.3; a magnitude for each output, as its authors' code and PEFT have it.
+    Shapes: [..., in] -> [..., rows]; lora_a [rank, in], lora_b [rows, rank], lora_magnitude [rows], at first the norms of W.
+    """
+
+    lora_magnitude: nn.Parameter
+
+    def __init__(self, options: Any, *, path: str, rows: int, columns: int) -> None:
+        super().__init__(options, path=path, rows=rows, columns=columns)
+        declare(self, "lora_magnitude", (rows,), Declaration(Layout(dim=-1), "vector", ONES))
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """m / |W + scale B A| for each row."""
+        with torch.no_grad():
+            norms = torch.linalg.vector_norm(super().merged(weight), dim=-1)
+        return self.lora_magnitude / norms
+
+    def forward(self, x: Tensor, y: Tensor, linear: Any) -> Tensor:
+        gain = self.gain(take(linear.effective(), self.ranges, -2)).to(y.dtype)
+        product = take(y, self.ranges, -1)
+        product = product.clone() if linear.bias is None else product - take(linear.bias, self.ranges, -1).to(y.dtype)
+        return (gain - 1) * product + gain * self.added(x, linear)
+
+    def begin(self, weight: Tensor) -> None:
+        self.lora_magnitude.copy_(torch.linalg.vector_norm(weight, dim=-1))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self.gain(weight)[:, None] * super().merged(weight)

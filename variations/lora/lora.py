@@ -1,0 +1,73 @@
+"""LoRA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.layout import Range
+from core.options import opt
+from core.slices import Declaration, Layout, declare
+from variations.dropout import Dropout
+from variations.init.distributions import ZEROS, Kaiming, Scaled
+
+
+class NoAdapter:
+    """Formula: y = x W^T."""
+
+
+class LoRA(nn.Module):
+    """Formula: y = x W^T + scale (x A^T) B^T, scale = alpha / rank, or alpha / sqrt(rank) with rslora
+    Source: Hu et al., arXiv 2106.09685; rsLoRA: Kalajdzievski, arXiv 2312.03732.
+    Shapes: [..., in] -> [..., rows]; lora_a [rank, in], lora_b [rows, rank], which starts at zero.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of LoRA."""
+
+        rank: int = opt(8, "Rank of what is added.", ge=1)
+        alpha: float = opt(16.0, "What is added is multiplied by alpha / rank.", gt=0.0, knob=True)
+        dropout: float = opt(0.0, "Probability of dropping an input of A.", ge=0.0, lt=1.0)
+        rslora: bool = opt(False, "Divide alpha by the root of the rank instead.")
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scale: Tensor
+    ranges: tuple[Range, ...]
+
+    def __init__(self, options: Any, *, path: str, rows: int, columns: int) -> None:
+        super().__init__()
+        rank = options.rank
+        # The deviation that PEFT's draw has, 1 / sqrt(3 in).
+        draw = Kaiming(Scaled(scale=1 / math.sqrt(3)))
+        declare(self, "lora_a", (rank, columns), Declaration(Layout(dim=-2), "matrix", draw))
+        declare(self, "lora_b", (rows, rank), Declaration(Layout(dim=-2), "matrix", ZEROS))
+        scale = options.alpha / (math.sqrt(rank) if options.rslora else rank)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+        self.drop = Dropout(options.dropout, path)
+
+    def added(self, x: Tensor, linear: Any) -> Tensor:
+        """scale (x A^T) B^T, by the linear map's own operation."""
+        hidden = linear.op(self.drop(x), self.lora_a)
+        added: Tensor = linear.op(hidden * self.scale.to(hidden.dtype), self.lora_b)
+        return added
+
+    def forward(self, x: Tensor, y: Tensor, linear: Any) -> Tensor:
+        """What is added to its rows of y, the output of `linear` at x."""
+        return self.added(x, linear)
+
+    def begin(self, weight: Tensor) -> None:
+        """Called with its rows of the weight [rows, in] before training."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Its rows of the weight with what is added."""
+        return weight + self.scale * (self.lora_b @ self.lora_a)
+
+    def flops_per_token(self, t: int) -> int:
+        """Multiply-adds times two, forward."""
+        return 2 * (self.lora_a.numel() + self.lora_b.numel())

@@ -1,0 +1,48 @@
+"""Stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from core.options import Invalid, opt
+from variations.optimizer.base import Group, Optimizer, OptimizerOptions
+
+
+@dataclass(frozen=True)
+class SGDOptions(OptimizerOptions):
+    """Options of SGD."""
+
+    learning_rate: float = opt(0.1, "Peak learning rate.", ge=0.0)
+    weight_decay: float = opt(0.0, "L2 penalty of matrices and embeddings, part of the gradient as in torch.", ge=0.0)
+    momentum: float = opt(0.9, "Decay of the summed gradient.", ge=0.0, lt=1.0)
+    nesterov: bool = opt(False, "Whether the step looks ahead along the summed gradient.")
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise Invalid(("nesterov", "it looks ahead along the momentum, and there is none"))
+
+
+class SGD(Optimizer):
+    """Formula: g <- g + decay w; m <- mu m + g; w <- w - lr m, or w - lr (g + mu m) with nesterov
+    Source: Sutskever et al., ICML 2013, in torch.optim.SGD's form.
+    Shapes: any; state of the weight's shape.
+    """
+
+    Options = SGDOptions
+    kinds = ("momentum_buffer",)
+
+    def update(self, group: Group, lr: float) -> None:
+        torch._fused_sgd_(
+            group.params,
+            group.grads,
+            group.state("momentum_buffer"),
+            weight_decay=group.weight_decay,
+            momentum=self.options.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=self.options.nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
