@@ -140,16 +140,9 @@ def fields_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
 
 def describe(tp: Any) -> str:
     """A type in words, for messages and option tables."""
-    names = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null (off)",
-        Any: "anything",
-    }
-    if tp in names:
-        return names[tp]
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null (off)"}
+    if tp in names or tp is Any:
+        return names.get(tp, "anything")
     origin, args = typing.get_origin(tp), typing.get_args(tp)
     if origin is typing.Literal:
         return " or ".join(f"'{a}'" for a in args)
@@ -275,7 +268,13 @@ class Reader:
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(self.value(args[0], v, (*path, str(i))) for i, v in enumerate(value))
         if origin is dict and isinstance(value, Mapping):
-            return {str(k): self.value(args[1], v, (*path, str(k))) for k, v in value.items()}
+            known = self._seen.get((id(value), "dict"))
+            if known is None:
+                before = len(self.mistakes)
+                known = (value, {str(k): self.value(args[1], v, (*path, str(k))) for k, v in value.items()})
+                if len(self.mistakes) == before:
+                    self._seen[(id(value), "dict")] = known
+            return known[1]
         if isinstance(tp, type) and is_dataclass(tp) and value is not None:
             return self.read(tp, value, path)
         if isinstance(tp, type) and _is(value, tp):

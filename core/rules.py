@@ -142,6 +142,7 @@ class Resolver:
         self.listed, self.catalogue = list(listed), catalogue
         self._found: dict[str, dict[int, frozenset[str]]] = {}
         self._chosen: dict[tuple[Any, ...], dict[int, tuple[frozenset[str], bool]]] = {}
+        self._vains: dict[tuple[Any, ...], list[Mistake]] = {}
         places = [LAYER.search(part.parameter) for part in self.listed]
         self.layers = [None if found is None else int(found.group(1)) for found in places]
 
@@ -154,7 +155,7 @@ class Resolver:
         hits: dict[int, list[Hit]] = {}
         spans: dict[str, tuple[int, int]] = {}
         for name, rule in rules.items():
-            wrong += [] if rule.optional else self._vain(name, rule, complete)
+            wrong += [] if rule.optional else self._in_vain(name, rule, complete)
             chosen = self._hits(rule)
             for index, (under, bracket) in chosen.items():
                 hits.setdefault(index, []).append(Hit(name, rule, under, bracket))
@@ -199,6 +200,12 @@ class Resolver:
         return self._found[text]
 
     # What a rule says in vain -----------------------------------------------------------------------------------------------
+
+    def _in_vain(self, name: str, rule: SliceRule, complete: bool) -> list[Mistake]:
+        key = (name, rule.match, rule.excepted, complete)
+        if key not in self._vains:
+            self._vains[key] = list(self._vain(name, rule, complete))
+        return self._vains[key]
 
     def _vain(self, name: str, rule: SliceRule, complete: bool) -> Iterator[Mistake]:
         texts = [("match", text) for text in rule.patterns] + [("except", text) for text in rule.exceptions]

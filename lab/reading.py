@@ -142,12 +142,19 @@ class ConfigReader:
         key = (id(model), id(corpus))
         if key not in self._checked:
             self._checked[key] = (model, _fits(model, data.dataset, corpus) or self._build(model, corpus))
-        return self._checked[key][1] or self._resolve(tree, model, corpus)
+        if self._checked[key][1] or not tree.get("slices"):
+            return self._checked[key][1]
+        of = (tree["slices"], tree.get("optimizer"), model, corpus)
+        seen = ("resolved", *map(id, of))
+        if seen not in self._made:
+            self._made[seen] = (of, self._resolve(tree, model, corpus))
+        found: list[Mistake] = self._made[seen][1]
+        return found
 
     def _resolve(self, tree: Mapping[str, Any], model: ModelConfig, corpus: Any) -> list[Mistake]:
         """What rules say that cannot hold of the model; nothing where a rule or the optimizer could not be read."""
-        given = tree.get("slices")
-        if not isinstance(given, Mapping) or not given:
+        given = tree["slices"]
+        if not isinstance(given, Mapping):
             return []
         rules = {name: self.reader.known(SliceRule, rule) for name, rule in given.items()}
         trial, spec = Reader(self.catalogue), fields_of(Config)["optimizer"]
