@@ -12,8 +12,6 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import json
-import math
 import netrc
 import os
 import re
@@ -27,6 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from engine.metrics import Metrics as Metrics
+from engine.metrics import iteration, plain_record
 
 WORD, NAME = 64, 128  # characters: the server's limits on tags and job types, on names and groups
 STOPPED = 75  # exit code of a run that will continue
@@ -45,73 +46,10 @@ SETTINGS = {
 }
 
 
-class Metrics:
-    """metrics.jsonl: `log` hands each line to the operating system at once, so a killed process loses none.
-
-    `keep_to`: the iteration of the checkpoint that training continues from; records after it and a torn last line are
-    dropped, atomically. Without it training starts from nothing, and so does the file.
-    """
-
-    def __init__(self, path: Path, *, keep_to: int | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.kept: list[dict[str, Any]] = []
-        if keep_to is not None and path.exists():
-            self.kept = [record for record in self.read(path) if _iter(record, keep_to) <= keep_to]
-            temporary = path.with_name(path.name + ".tmp")
-            with temporary.open("wb") as file:
-                file.writelines(map(_line, self.kept))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        # An evaluation at the checkpoint's own iteration may be repeated by the loop that continues from it.
-        self._seen = {(r.get("kind"), keep_to) for r in self.kept if r.get("iter") == keep_to}
-        self._file = path.open("wb" if keep_to is None else "ab")
-
-    def log(self, record: Mapping[str, Any]) -> bool:
-        """Append a record; non-finite numbers become null. False: it was already there when training continued."""
-        if (record.get("kind"), record.get("iter")) in self._seen:
-            return False
-        self._file.write(_line(record))
-        self._file.flush()
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-
-    @staticmethod
-    def read(path: Path) -> list[dict[str, Any]]:
-        """All records of a file that may still be written: a torn last line is left out. ValueError: another is bad."""
-        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-        records: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(dict(json.loads(line)))
-            except (TypeError, ValueError):
-                if number < len(lines):
-                    raise ValueError(f"{path}:{number} is no JSON object; delete the line, or the folder.") from None
-        return records
-
-
-def _iter(record: Mapping[str, Any], default: int) -> int:
-    given = record.get("iter")
-    return default if given is None else int(given)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: non-finite numbers are None, one-element tensors and numpy scalars are numbers."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+def _flat(record: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """A record's values, nested ones under names with slashes, by which panels are grouped."""
+    for key, value in record.items():
+        yield from ((f"{key}/{k}", v) for k, v in _flat(value)) if isinstance(value, Mapping) else ((key, value),)
 
 
 def _warn(sentence: str) -> None:
@@ -304,12 +242,14 @@ class _Board:
                 shutil.rmtree(old, ignore_errors=True)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        step = _iter(record, self._step)
+        step = iteration(record, self._step)
         if step > self._step:
             self._send()
             self._step = step
         if step == self._step:
-            self._row |= {key: value for key, value in _plain(record).items() if key != "kind" and value is not None}
+            self._row |= {
+                key: value for key, value in _flat(plain_record(record)) if key != "kind" and value is not None
+            }
 
     def _send(self) -> None:
         if self._row and self._step >= self._first:
@@ -322,7 +262,7 @@ class _Board:
             self._run.mark_preempting()
             self._run.finish(exit_code=STOPPED)
             return
-        summary = {key: value for key, value in _plain(result).items() if value is not None}
+        summary = {key: value for key, value in plain_record(result).items() if value is not None}
         if "val_loss" in summary:
             summary["final_val_loss"] = summary.pop("val_loss")
         if "best_val_loss" in summary:  # wandb's own minimum knows no row from before a resume
@@ -367,7 +307,7 @@ class Tracker:
             "id": wandb_id(sweep, run_id),
             "name": _fit(run_id, NAME),
             "tags": _tags(changed, names, config.wandb.tags),
-            "config": _plain({**full_config, **values, "cell": cell, "seed": seed}),
+            "config": plain_record({**full_config, **values, "cell": cell, "seed": seed}),
         }
         start = partial(self._safely, _Board, run_dir, about, self.metrics.kept)
         if mode == "online":
