@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made = tmp_path_factory.mktemp("readme")
     before, modules = dict(NORMS), set(sys.modules)
     (made / "my_sweep.yaml").write_text(block("# my_sweep.yaml"))
+    (made / "my_slices.yaml").write_text(block("# my_slices.yaml"))
     (made / "my_variations.py").write_text(block("# my_variations.py"))
     (made / "plugged.yaml").write_text(block("plugins:"))
     small_corpora(made / "data")
@@ -85,6 +86,23 @@ def test_its_sweep_is_what_it_says(
     assert train.main(["--config", "my_sweep.yaml", "--dry-run", "--json", f"data.root={folder}/data"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert (listed["cells"], len(listed["runs"])) == (6, 18)
+
+
+def test_its_rules_are_what_it_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    data = f"data.root={folder}/data"
+    assert train.main(["--config", "my_slices.yaml", "--slices", "--json", data, "slices.adapt.lora.rank=4"]) == 0
+    rows = {row["address"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["h.3.attn.qkv.weight[k]"]["lr_scale"] == pytest.approx(0.1 * 0.3)
+    assert rows["h.3.attn.qkv.weight[k]"]["weight_decay"] == 0.0
+    assert rows["h.1.attn.qkv.weight[v]"]["init"] == "normal(std=0.005)"
+    assert rows["h.0.attn.proj.weight"]["frozen"] and not rows["h.0.mlp.up.weight"]["frozen"]
+    assert rows["h.0.mlp.up.weight"]["optimizer"] == "muon" and rows["h.1.attn.proj.weight"]["optimizer"] == "adamw"
+    assert {a for a in rows if "lora" in a and a.startswith("h.2")} == {
+        f"h.2.attn.qkv[{part}].lora_{x}" for part in "qv" for x in "ab"
+    }
 
 
 def test_its_plugin_trains(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
