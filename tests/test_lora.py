@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import sample
 import train
 from core.addresses import is_adapter
 from core.lora import adapted, adapter_weights, begin, effective, load_adapters, merge
-from core.options import Reader
+from core.options import NoOptions, Reader, Variant
 from core.rules import Row, RuleMistakes, SliceRule
 from core.weights import load_weights, weights
 from engine.optim import Optimizers
@@ -34,9 +35,9 @@ from variations.dropout import set_step
 from variations.lora import LORAS
 
 ENTRIES = [name for name in LORAS if name != "none"]
-QV = {"match": "h.*.attn.qkv[q,v]", "lora": {"rank": 4, "alpha": 8.0}}
+QV: dict[str, Any] = {"match": "h.*.attn.qkv[q,v]", "lora": {"rank": 4, "alpha": 8.0}}
 UNTIED = {"tie_weights": False}
-PKL = {"linear": {"variant": "pkl", "scale": 0.5}}
+PKL: dict[str, Any] = {"linear": {"variant": "pkl", "scale": 0.5}}
 ADAMW = Reader(CATALOGUE).variant("optimizer", {"variant": "adamw", "learning_rate": 0.01}, ())
 
 
@@ -289,7 +290,7 @@ def trained(model: GPT, rows: list[Row], steps: int = 5) -> Optimizers:
     model.train()
     for _ in range(steps):
         optimizers.zero_grad()
-        losses(model).backward()  # type: ignore[no-untyped-call]
+        losses(model).backward()
         optimizers.step(1.0)
     return optimizers
 
@@ -387,7 +388,7 @@ def test_a_model_counts_the_work_of_its_adapters() -> None:
 def test_a_model_with_adapters_compiles_as_one_graph() -> None:
     """The same operations in the same order, traced: a few roundings of the loss."""
     for name in ENTRIES:
-        model = one({**QV, "lora": {"variant": name, "rank": 2}}, 0.2)
+        model = one({**QV, "lora": {"variant": name, "rank": 2}}, 0.2, n_layer=1)
         x = tokens(model, 2, 13)
         compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
         plain, traced = (f(x[:, :-1], x[:, 1:])[1] for f in (model, compiled))
@@ -407,7 +408,7 @@ def shapes_kept(model: GPT, tree: dict[str, Any]) -> None:
 
 
 def all_learn(model: GPT, tree: dict[str, Any]) -> None:
-    losses(model).backward()  # type: ignore[no-untyped-call]
+    losses(model).backward()
     for key, parameter in model.named_parameters():
         assert not is_adapter(key) or (parameter.grad is not None and parameter.grad.abs().max() > 0), key
 
@@ -523,7 +524,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_exported_merged_and_its_adapters_alone(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = convert.__main__.load(run_folder)
+    model: Any = convert.__main__.load(run_folder)
     assert convert.__main__.main(["adapters", str(run_folder), str(tmp_path / "alone")]) == 0
     alone = load_file(tmp_path / "alone")
     assert "18 tensors" in capsys.readouterr().out
@@ -533,14 +534,8 @@ def test_a_run_is_exported_merged_and_its_adapters_alone(
     merged, qkv = load_file(tmp_path / "merged"), model.h[0].attn.qkv
     assert not [name for name in merged if "adapter" in name or "lora" in name]
     close(merged["h.0.attn.qkv.weight"], effective(qkv))
-    plain = build(model.config, 0)
-    for module in plain.modules():
-        if hasattr(module, "absorb"):
-            module.weight.data.zero_()
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            value = merged[name]
-            (parameter[0] if parameter.shape != value.shape else parameter).copy_(value)
+    plain = build(replace(model.config, linear=Variant("standard", NoOptions())), 0)
+    load_weights(plain, {name: merged[name] for name in weights(plain)})
     close(logits(plain), logits(model))
 
 
