@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convert.gains import fold_gains
+from core.lora import merge
 from core.weights import load_weights
 from core.yaml_files import ConfigError
 from engine import checkpoint
@@ -35,6 +36,7 @@ def load(folder: Path, device: torch.device, plugins: bool) -> tuple[GPT, Tokeni
     model, rows = assemble(with_vocabulary(config, corpus.meta.vocab_size).model, config.slices, config.optimizer)
     fill(model, rows, 0, device)
     load_weights(model, saved.model())
+    merge(model)  # adapters then cost nothing
     return model.eval(), load_tokenizer(corpus.folder)
 
 

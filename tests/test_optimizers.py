@@ -334,3 +334,34 @@ def test_no_decay_means_one_group() -> None:
     for decay, count in ((0.0, 1), (0.1, 2)):
         (member,) = optimizers_of(model(), node("adamw", weight_decay=decay)).members.values()
         assert len(member.groups) == count
+
+
+def test_muon_takes_heads_apart_where_asked() -> None:
+    """Rows of q, k and v by head, columns of the projection by head: as separate parameters of one head each."""
+    layout = Layout((("q", 8), ("k", 4), ("v", 4)), dim=-2)
+    heads = {"qkv": Declaration(layout, "matrix", ZEROS, blocks=(-2, 4)), "proj": Declaration(Layout(dim=-2), "matrix", ZEROS, blocks=(-1, 4))}  # fmt: skip
+    shapes = {"qkv": (16, 8), "proj": (8, 8)}
+    params = dict(zip(heads, weights(torch.float32, list(shapes.values())), strict=True))
+    apart = [x.clone() for x in (*params["qkv"].split(4), *params["proj"].split(4, dim=1))]
+    entries = [
+        Entry(params[name], part.view, (part,))
+        for name, what in heads.items()
+        for x in what.layout.labels()
+        for part in [Slice(f"{name}{x}", name, x, what.layout.shape(shapes[name], x), what)]
+    ]
+    options = node("muon", heads_apart=True).options
+    mine = OPTIMIZERS["muon"](options, [Group(entries, 0.05, 0.1)])
+    theirs = OPTIMIZERS["muon"](options, [group_of(OPTIMIZERS["muon"], apart, None, 0.1)])
+    for step in range(STEPS):
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = gradient(p, i, step)
+            for place, g in zip(
+                apart[4 * i :], p.grad.split(4, dim=1) if name == "proj" else p.grad.split(4), strict=False
+            ):
+                place.grad = g.contiguous()
+        mine.step(rate(step))
+        theirs.step(rate(step))
+    got = [*params["qkv"].split(4), *params["proj"].split(4, dim=1)]
+    assert len(got) == len(apart)
+    for a, b in zip(got, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=STEPS * 0.05 * 2 * FACTOR)
