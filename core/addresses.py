@@ -16,7 +16,7 @@ from core.options import Invalid, opt
 Labels = tuple[str, ...]
 
 ADAPTER = "adapter"  # the name of the modules that hold what is added, followed by the part in brackets
-_ADAPTER = re.compile(rf"^(.*)\.{ADAPTER}(?:\[([^\]]*)\])?\.(\w+)$")
+_ADAPTER = re.compile(rf"^(.*)\.{ADAPTER}\d*(?:\[([^\]]*)\])?\.(\w+)$")
 _ABOUT_ADAPTERS = "lora_"  # what the names of an adapter's parameters begin with
 
 

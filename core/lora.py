@@ -1,8 +1,8 @@
 """Adapters: what rules ask for, planned from the table, attached to linear maps from outside, and merged back into them.
 
 An adapter belongs to one linear map and to some rows of its output. It is a module of the catalogue's kind `lora`, made as
-`Class(options, path, rows, columns)`; `adapter(x, linear)` is what it adds to its rows of the output, `adapter.merged(weight)`
-those rows of the weight with it, `adapter.begin(weight)` is told them when training begins.
+`Class(options, path, rows, columns, experts)`; `adapter(x, y, linear)` is what it adds to its rows of the output y,
+`adapter.merged(weight)` those rows of the weight with it, `adapter.begin(weight)` is told them when training begins.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.addresses import ADAPTER, is_adapter, spelled
-from core.layout import Range, merged
+from core.addresses import ADAPTER, Labels, is_adapter, spelled
+from core.layout import Range
 from core.options import Catalogue, Mistake, Variant
 from core.rules import Row, RuleMistakes
 from core.weights import compare
@@ -23,13 +23,14 @@ from core.weights import compare
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter to be made: at which linear map, under which name, for which rows of its output."""
+    """An adapter to be made: at which linear map, under which name, for which rows of its output, of which experts."""
 
     linear: str
     name: str
     ranges: tuple[Range, ...]
     columns: int
     node: Variant
+    experts: Labels = ()
 
     @property
     def rows(self) -> int:
@@ -77,37 +78,43 @@ def _unfit(row: Row, modules: dict[str, nn.Module]) -> str:
 
 
 def _of_weight(parameter: str, some: list[Row], wrong: dict[Any, Mistake]) -> Iterator[Adapter]:
-    """The adapters of one weight. Its slices that are numbers of one part (PKL) must all be asked for, alike."""
+    """The adapters of one weight. Slices that are numbers of one part (PKL) must all be asked for, alike."""
     what = some[0].slice.declaration
-    parts: dict[str, list[Row]] = {}
+    numbers = max(1, len(what.summed))
+    places: dict[Labels, list[Row]] = {}
     for row in some:
-        name = next((x for x in row.slice.labels if x not in what.summed), "")
-        parts.setdefault(name, []).append(row)
-    count = max(1, len(what.summed))
-    together: dict[Any, tuple[Row, list[Range], str]] = {}
-    for name, alike in parts.items():
-        if len(alike) != count or any(row.settings.lora != alike[0].settings.lora for row in alike):
-            text = f"{alike[0].slice.address} is one number of a weight that has {count}; an adapter is for all of them alike"
-            wrong.setdefault(_rule(alike[0]), Mistake(("slices", _rule(alike[0]), "lora"), text))
-            continue
+        places.setdefault(tuple(x for x in row.slice.labels if x not in what.summed), []).append(row)
+    # By rule and part (all parts together where no bracket named one), by expert: the rows of the output.
+    asked: dict[tuple[str, str, Variant], dict[Labels, list[Row]]] = {}
+    for labels, alike in places.items():
         row = alike[0]
-        ranges = what.layout.ranges(name) if name else [(0, row.slice.shape[-2])]
-        whole = row.settings.lora_whole or not name
-        known = together.setdefault((_rule(row), "" if whole else name), (row, [], "" if whole else name))
-        known[1].extend(ranges)
-    for row, ranges, name in together.values():
-        node = row.settings.lora
-        assert node is not None
-        linear = parameter.rpartition(".")[0]
-        adapter = Adapter(
-            linear, f"{ADAPTER}[{name}]" if name else ADAPTER, tuple(merged(ranges)), row.slice.shape[-1], node
-        )
-        smaller = min(adapter.rows, adapter.columns)
-        if node.options.rank > smaller:
-            place = spelled(parameter, (name,) if name else ())[2]
-            text = f"{node.options.rank} is more than {smaller}, the smaller side of {place}"
-            wrong.setdefault(_rule(row), Mistake(("slices", _rule(row), "lora", "rank"), text))
-        yield adapter
+        if len(alike) != numbers or any(other.settings.lora != row.settings.lora for other in alike):
+            text = (
+                f"{row.slice.address} is one number of a weight that has {numbers}; an adapter is for all of them alike"
+            )
+            wrong.setdefault(_rule(row), Mistake(("slices", _rule(row), "lora"), text))
+            continue
+        assert row.settings.lora is not None
+        experts, name = (labels[:-1], labels[-1]) if what.layout.parts else (labels, "")
+        key = (_rule(row), "" if row.settings.lora_whole else name, row.settings.lora)
+        asked.setdefault(key, {}).setdefault(experts, []).append(row)
+    used: dict[str, int] = {}
+    for (rule, part, node), by_expert in asked.items():
+        alike_experts: dict[tuple[Range, ...], list[Labels]] = {}
+        for experts, rows in by_expert.items():
+            names = [row.slice.labels[-1] for row in rows] if what.layout.parts else []
+            ranges = what.layout.ranges(*names) if names else [(0, rows[0].slice.shape[-2])]
+            alike_experts.setdefault(tuple(ranges), []).append(experts)
+        for found, covered in alike_experts.items():
+            count = used[part] = used.get(part, 0) + 1
+            module = f"{ADAPTER}{count if count > 1 else ''}{f'[{part}]' if part else ''}"
+            stack = tuple(x for labels in covered for x in labels)
+            made = Adapter(parameter.rpartition(".")[0], module, found, some[0].slice.shape[-1], node, stack)
+            if node.options.rank > (smaller := min(made.rows, made.columns)):
+                place = spelled(parameter, (part,) if part else ())[2]
+                text = f"{node.options.rank} is more than {smaller}, the smaller side of {place}"
+                wrong.setdefault(rule, Mistake(("slices", rule, "lora", "rank"), text))
+            yield made
 
 
 # Attached ------------------------------------------------------------------------------------------------------------------
@@ -145,16 +152,29 @@ def attach(model: nn.Module, adapters: Iterable[Adapter], catalogue: Catalogue) 
         linear = model.get_submodule(planned.linear)
         cls: Any = catalogue["lora"][planned.node.name]
         path = f"{planned.linear}.{planned.name}"
-        adapter = cls(planned.node.options, path=path, rows=planned.rows, columns=planned.columns)
+        adapter = cls(
+            planned.node.options, path=path, rows=planned.rows, columns=planned.columns, experts=planned.experts
+        )
+        adapter.places = _places(linear, planned.experts)
         adapter.ranges = planned.ranges
         if not adapters_of(linear):
             linear.register_forward_hook(_adapt)
         linear.add_module(planned.name, adapter)
 
 
+def _places(linear: Any, experts: Labels) -> list[int] | None:
+    """Where the experts of an adapter stand among those of the map; None where it has all of them, or there are none."""
+    every = [str(e) for e in range(getattr(linear, "experts", 0))]
+    return None if list(experts) == every else [every.index(e) for e in experts]
+
+
 def adapters_of(linear: nn.Module) -> list[Any]:
     """The adapters of a linear map, in the order in which they were attached."""
-    return [module for name, module in linear.named_children() if name.partition("[")[0] == ADAPTER]
+    return [module for name, module in linear.named_children() if _is_name(name)]
+
+
+def _is_name(module: str) -> bool:
+    return module.partition("[")[0].rstrip("0123456789") == ADAPTER
 
 
 def adapted(model: nn.Module) -> list[tuple[Any, list[Any]]]:
@@ -164,7 +184,7 @@ def adapted(model: nn.Module) -> list[tuple[Any, list[Any]]]:
 
 def _adapt(linear: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
     some = adapters_of(linear)
-    changes = [adapter(args[0], y, linear) for adapter in some]
+    changes = [adapter(args[0], y, linear, *args[1:]) for adapter in some]
     out: Tensor = _Add.apply(y, [adapter.ranges for adapter in some], *changes)
     return out
 
@@ -180,7 +200,7 @@ def begin(model: nn.Module) -> None:
 
 @torch.no_grad()
 def effective(linear: Any) -> Tensor:
-    """The weight [out, in] that a linear map multiplies with, its adapters included."""
+    """The weight that a linear map multiplies with, its adapters included."""
     weight: Tensor = linear.effective()
     some = adapters_of(linear)
     if not some:
@@ -189,7 +209,7 @@ def effective(linear: Any) -> Tensor:
     for adapter in some:
         new, start = adapter.merged(take(weight, adapter.ranges, -2)), 0
         for a, b in adapter.ranges:
-            made[a:b] = new[start : start + b - a]
+            made.narrow(-2, a, b - a).copy_(new.narrow(-2, start, b - a))
             start += b - a
     return made
 

@@ -510,6 +510,16 @@ def test_a_run_with_adapters_resumes_to_the_bit(name: str, tmp_path: Path) -> No
     assert len(learnt) == 2 * 3 * (3 if name == "dora" else 2) and all(t.any() for t in learnt.values())
 
 
+def test_dora_on_trained_weights_begins_with_their_norms(tmp_path: Path) -> None:
+    """Also where they come from another run, after the adapters were made: the loss is that run's, to the bit."""
+    base_config, corpus = runs.read(runs.tiny_corpus(tmp_path))
+    base = runs.make(tmp_path / "base", base_config, corpus)
+    assert runs.drive(base) == "done"
+    config, _ = runs.read(tmp_path, slices=rules("dora"))
+    run = runs.make(tmp_path / "on", replace(config, run=replace(config.run, base=str(tmp_path / "base"))), corpus)
+    assert len(adapted(run.plain)) == 4 and run.evaluate(2) == base.evaluate(2)
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with adapters over PKL linears, trained from the command line."""
@@ -554,5 +564,9 @@ def test_a_run_without_adapters_has_none_to_export(
 
 
 def test_an_adapted_run_is_sampled(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample.main([str(run_folder), "--prompt", "the cat", "--tokens", "20", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("the cat")
+    said = []
+    for more in ([], ["--fold-gains"]):  # which must reach adapters too; the likeliest token shows what is computed
+        words = [str(run_folder), "--prompt", "the cat", "--tokens", "9", "--device", "cpu", "--temperature", "0"]
+        assert sample.main([*words, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith("the cat") and said[1] == said[0]

@@ -339,7 +339,8 @@ def test_no_decay_means_one_group() -> None:
 def test_muon_takes_heads_apart_where_asked() -> None:
     """Rows of q, k and v by head, columns of the projection by head: as separate parameters of one head each."""
     layout = Layout((("q", 8), ("k", 4), ("v", 4)), dim=-2)
-    heads = {"qkv": Declaration(layout, "matrix", ZEROS, blocks=(-2, 4)), "proj": Declaration(Layout(dim=-2), "matrix", ZEROS, blocks=(-1, 4))}  # fmt: skip
+    columns = Declaration(Layout(dim=-2), "matrix", ZEROS, blocks=(-1, 4))
+    heads = {"qkv": Declaration(layout, "matrix", ZEROS, blocks=(-2, 4)), "proj": columns}
     shapes = {"qkv": (16, 8), "proj": (8, 8)}
     params = dict(zip(heads, weights(torch.float32, list(shapes.values())), strict=True))
     apart = [x.clone() for x in (*params["qkv"].split(4), *params["proj"].split(4, dim=1))]

@@ -217,7 +217,7 @@ class Global:
 class Unscaled(Linear):
     """A linear that forgets the residual gain."""
 
-    def declare_weight(self, options: Any, shape: tuple[int, int], what: Declaration) -> None:
+    def declare_weight(self, options: Any, shape: tuple[int, ...], what: Declaration) -> None:
         super().declare_weight(options, shape, replace(what, residual=1.0))
 
 

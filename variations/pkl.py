@@ -37,13 +37,13 @@ class PKLOptions:
 def declare_pkl(
     module: nn.Module,
     options: PKLOptions,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     what: Declaration,
 ) -> None:
     """Declares `weight` [2, *shape], a and b, of which the effective weight `what` is made, and the buffer `scale` (0-dim, in no
     checkpoint)."""
     square = 1 + options.scale * options.scale
-    made = replace(what, layout=replace(what.layout, stack=STACK), summed=STACK[0])
+    made = replace(what, layout=replace(what.layout, stack=(*STACK, *what.layout.stack)), summed=STACK[0])
     if not options.naive_init:
         # Independent draws add up in variance. What is exact is drawn once: of all a and b with a + scale b = w the smallest.
         shares = {"a": 1 / square, "b": options.scale / square}

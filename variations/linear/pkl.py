@@ -18,7 +18,7 @@ class PKLLinear(Linear):
     Options = PKLOptions
     scale: Tensor
 
-    def declare_weight(self, options: PKLOptions, shape: tuple[int, int], what: Declaration) -> None:
+    def declare_weight(self, options: PKLOptions, shape: tuple[int, ...], what: Declaration) -> None:
         declare_pkl(self, options, shape, what)
 
     def effective(self) -> Tensor:

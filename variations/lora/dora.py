@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.addresses import Labels
 from core.lora import take
 from core.slices import Declaration, Layout, declare
 from variations.init.distributions import ONES
@@ -21,24 +22,34 @@ class DoRA(LoRA):
 
     lora_magnitude: nn.Parameter
 
-    def __init__(self, options: Any, *, path: str, rows: int, columns: int) -> None:
-        super().__init__(options, path=path, rows=rows, columns=columns)
-        declare(self, "lora_magnitude", (rows,), Declaration(Layout(dim=-1), "vector", ONES))
+    def __init__(self, options: Any, *, path: str, rows: int, columns: int, experts: Labels = ()) -> None:
+        super().__init__(options, path=path, rows=rows, columns=columns, experts=experts)
+        layout, outer = Layout(dim=-1, stack=(experts,) if experts else ()), (len(experts),) if experts else ()
+        declare(self, "lora_magnitude", (*outer, rows), Declaration(layout, "vector", ONES))
 
     def gain(self, weight: Tensor) -> Tensor:
-        """m / |W + scale B A| for each row."""
+        """m / |W + scale B A| for each row; 1 for experts that are not its own."""
         with torch.no_grad():
             norms = torch.linalg.vector_norm(super().merged(weight), dim=-1)
-        return self.lora_magnitude / norms
+        if self.places is None:
+            return self.lora_magnitude / norms
+        index = torch.tensor(self.places, device=weight.device)
+        return torch.ones_like(norms).index_copy(0, index, self.lora_magnitude / norms[index])
 
-    def forward(self, x: Tensor, y: Tensor, linear: Any) -> Tensor:
-        gain = self.gain(take(linear.effective(), self.ranges, -2)).to(y.dtype)
+    def forward(self, x: Tensor, y: Tensor, linear: Any, *counts: Tensor) -> Tensor:
+        def rows(t: Tensor) -> Tensor:  # of a stack [E, rows], each token's
+            return t.repeat_interleave(counts[0], 0, output_size=len(y)) if counts else t
+
+        gain = rows(self.gain(take(linear.effective(), self.ranges, -2))).to(y.dtype)
         product = take(y, self.ranges, -1)
-        product = product.clone() if linear.bias is None else product - take(linear.bias, self.ranges, -1).to(y.dtype)
-        return (gain - 1) * product + gain * self.added(x, linear)
+        product = (
+            product.clone() if linear.bias is None else product - rows(take(linear.bias, self.ranges, -1)).to(y.dtype)
+        )
+        return (gain - 1) * product + gain * self.added(x, linear, *counts)
 
     def begin(self, weight: Tensor) -> None:
-        self.lora_magnitude.copy_(torch.linalg.vector_norm(weight, dim=-1))
+        norms = torch.linalg.vector_norm(weight, dim=-1)
+        self.lora_magnitude.copy_(norms if self.places is None else norms[self.places])
 
     def merged(self, weight: Tensor) -> Tensor:
-        return self.gain(weight)[:, None] * super().merged(weight)
+        return self.gain(weight)[..., None] * super().merged(weight)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.addresses import Labels
 from core.layout import Range
 from core.options import opt
 from core.slices import Declaration, Layout, declare
@@ -23,7 +24,7 @@ class NoAdapter:
 class LoRA(nn.Module):
     """Formula: y = x W^T + scale (x A^T) B^T, scale = alpha / rank, or alpha / sqrt(rank) with rslora
     Source: Hu et al., arXiv 2106.09685; rsLoRA: Kalajdzievski, arXiv 2312.03732.
-    Shapes: [..., in] -> [..., rows]; lora_a [rank, in], lora_b [rows, rank], which starts at zero.
+    Shapes: [..., in] -> [..., rows]; lora_a [rank, in], lora_b [rows, rank], which starts at zero; of experts [E, ...] each.
     """
 
     @dataclass(frozen=True)
@@ -39,34 +40,45 @@ class LoRA(nn.Module):
     lora_b: nn.Parameter
     scale: Tensor
     ranges: tuple[Range, ...]
+    places: list[int] | None  # its experts among those of the map; None: all
 
-    def __init__(self, options: Any, *, path: str, rows: int, columns: int) -> None:
+    def __init__(self, options: Any, *, path: str, rows: int, columns: int, experts: Labels = ()) -> None:
         super().__init__()
-        rank = options.rank
+        rank, outer = options.rank, (len(experts),) if experts else ()
+        layout = Layout(dim=-2, stack=(experts,) if experts else ())
         # The deviation that PEFT's draw has, 1 / sqrt(3 in).
         draw = Kaiming(Scaled(scale=1 / math.sqrt(3)))
-        declare(self, "lora_a", (rank, columns), Declaration(Layout(dim=-2), "matrix", draw))
-        declare(self, "lora_b", (rows, rank), Declaration(Layout(dim=-2), "matrix", ZEROS))
+        declare(self, "lora_a", (*outer, rank, columns), Declaration(layout, "matrix", draw))
+        declare(self, "lora_b", (*outer, rows, rank), Declaration(layout, "matrix", ZEROS))
         scale = options.alpha / (math.sqrt(rank) if options.rslora else rank)
         self.register_buffer("scale", torch.tensor(scale), persistent=False)
         self.drop = Dropout(options.dropout, path)
 
-    def added(self, x: Tensor, linear: Any) -> Tensor:
+    def whole(self, stacked: Tensor, count: int) -> Tensor:
+        """A and B for all experts of a map; zero for those that are not its own."""
+        if self.places is None:
+            return stacked
+        index = torch.tensor(self.places, device=stacked.device)
+        return stacked.new_zeros(count, *stacked.shape[1:]).index_copy(0, index, stacked)
+
+    def added(self, x: Tensor, linear: Any, *counts: Tensor) -> Tensor:
         """scale (x A^T) B^T, by the linear map's own operation."""
-        hidden = linear.op(self.drop(x), self.lora_a)
-        added: Tensor = linear.op(hidden * self.scale.to(hidden.dtype), self.lora_b)
+        a, b = (self.whole(t, linear.experts) for t in (self.lora_a, self.lora_b))
+        hidden = linear.op(self.drop(x), a, None, *counts)
+        added: Tensor = linear.op(hidden * self.scale.to(hidden.dtype), b, None, *counts)
         return added
 
-    def forward(self, x: Tensor, y: Tensor, linear: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, linear: Any, *counts: Tensor) -> Tensor:
         """What is added to its rows of y, the output of `linear` at x."""
-        return self.added(x, linear)
+        return self.added(x, linear, *counts)
 
     def begin(self, weight: Tensor) -> None:
         """Called with its rows of the weight [rows, in] before training."""
 
     def merged(self, weight: Tensor) -> Tensor:
         """Its rows of the weight with what is added."""
-        return weight + self.scale * (self.lora_b @ self.lora_a)
+        added = self.scale * (self.lora_b @ self.lora_a)
+        return weight + self.whole(added, len(weight))
 
     def flops_per_token(self, t: int) -> int:
         """Multiply-adds times two, forward."""
