@@ -56,6 +56,7 @@ class ModelConfig:
     vocab_size: int | None = opt(None, "Number of tokens; null means the data's.", ge=1)
     dropout: float = opt(0.0, "Probability of dropping an activation.", ge=0.0, lt=1.0)
     bias: bool = opt(True, "Whether linears and LayerNorms have a bias.")
+    stack_layers: bool = opt(False, "Whether each weight of the blocks is one parameter for all layers.")
     tie_weights: bool = opt(True, "Whether the embedding and the head share one weight.")
     linear: Variant = variant("linear", "standard", "Linear maps inside the blocks.")
     embedding: Variant = variant("embedding", "standard", "The token embedding.")

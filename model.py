@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from core.lora import attach, begin, plan
 from core.options import Catalogue, Invalid, Variant, plain
-from core.rules import Resolver, Row, SliceRule
+from core.resolve import Resolver
+from core.rules import Row, RuleMistakes, SliceRule
 from core.slices import draw, initialise, materialise, slices
+from core.stack import Stack
 from gpt_conf import ModelConfig
 from variations import CATALOGUE
 from variations.cache import Cache
@@ -45,6 +48,7 @@ class GPT(nn.Module):
     """
 
     wpe: Any
+    h: nn.ModuleList
 
     def __init__(self, config: ModelConfig, catalogue: Catalogue = CATALOGUE) -> None:
         super().__init__()
@@ -99,7 +103,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = self.wpe.embed(x, offset)
         x = self.drop(x)
-        for block in self.h:
+        for block in self.h.layers() if isinstance(self.h, Stack) else self.h:
             x = block(x, cache)
         logits = self.head(self.ln_f(x))
         if cache is not None:
@@ -131,17 +135,29 @@ def assemble(config: ModelConfig, rules: Mapping[str, SliceRule], optimizer: Var
     """
     model = GPT(config)
     adapting = any(rule.lora is not None for rule in rules.values())
-    rows = Resolver(slices(model), CATALOGUE).resolve(rules, optimizer, complete=not adapting)
+    rows, wrong = Resolver(slices(model), CATALOGUE).table(rules, optimizer, complete=not adapting)
     if adapting:
-        attach(model, plan(model, rows), CATALOGUE)
-        rows = Resolver(slices(model), CATALOGUE).resolve(rules, optimizer)
+        adapters, more = plan(model, rows)
+        wrong += more
+        if not wrong:
+            attach(model, adapters, CATALOGUE)
+            rows, wrong = Resolver(slices(model), CATALOGUE).table(rules, optimizer)
+    if wrong:
+        raise RuleMistakes(wrong)
+    if config.stack_layers:
+        model.h = Stack(model.h)
+        stacked = {part.address: part for part in slices(model)}
+        rows = [replace(row, slice=stacked[row.slice.address]) for row in rows]
     return model, rows
 
 
 def fill(model: GPT, rows: Sequence[Row], seed: int, device: torch.device | str = "cpu") -> None:
     """Gives an assembled model its memory and initial values, each slice from `seed` and its own address."""
     materialise(model, device)
-    initialise(model, seed, [row.init for row in rows])
+    _show(model)
+    parameters = dict(model.named_parameters())
+    for row in rows:
+        draw(row.slice, parameters[row.slice.parameter], seed, row.init)
     begin(model)
 
 
@@ -157,6 +173,14 @@ def refill(model: GPT, rows: Sequence[Row], seed: int) -> None:
 def build(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> GPT:
     """A model on `device` without rules, every slice initialised from `seed` and its own address."""
     model = GPT(config)
+    if config.stack_layers:
+        model.h = Stack(model.h)
     materialise(model, device)
+    _show(model)
     initialise(model, seed)
     return model
+
+
+def _show(model: GPT) -> None:
+    if isinstance(model.h, Stack):
+        model.h.show()

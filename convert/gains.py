@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.lora import adapted
 from model import GPT
 from variations.linear.standard import Linear
 
@@ -32,6 +33,8 @@ def fold_gains(model: GPT) -> list[str]:
     Returns the paths of the norms that were folded. A tied head is left out: its weight is also the embedding.
     Raises ValueError where a norm has a bias and a linear behind it has none to take it.
     """
+    if adapted(model):
+        raise ValueError("The model has adapters, which read the norms too: merge them first.")
     folded = []
     for path, norm, linears in readers(model):
         gain: Tensor | None = getattr(norm, "weight", None)

@@ -17,6 +17,7 @@ Labels = tuple[str, ...]
 
 ADAPTER = "adapter"  # the name of the modules that hold what is added, followed by the part in brackets
 _ADAPTER = re.compile(rf"^(.*)\.{ADAPTER}\d*(?:\[([^\]]*)\])?\.(\w+)$")
+LAYER, SLASH = "L", "/"  # h.0-3/attn/qkv/weight with a label L2 first is the third layer's h.2.attn.qkv.weight
 _ABOUT_ADAPTERS = "lora_"  # what the names of an adapter's parameters begin with
 
 
@@ -26,7 +27,13 @@ def is_adapter(parameter: str) -> bool:
 
 
 def spelled(parameter: str, labels: Labels) -> tuple[str, Labels, str]:
-    """The path, the labels and the address of a slice of a parameter. An adapter's module is not part of it."""
+    """The path, the labels and the address of a slice of a parameter. An adapter's module is not part of it; a layer is."""
+    if SLASH in parameter:
+        before, _, rest = parameter.partition(SLASH)
+        layer, *inner = labels
+        owner = before.rpartition(".")[0]
+        parameter = f"{owner}.{layer.removeprefix(LAYER)}.{rest.replace(SLASH, '.')}"
+        labels = tuple(inner)
     found = _ADAPTER.match(parameter)
     if found is None:
         return parameter, labels, f"{parameter}[{'.'.join(labels)}]" if labels else parameter

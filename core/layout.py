@@ -167,7 +167,8 @@ def relayout(tensor: Tensor, old: Layout, new: Layout) -> Tensor:
 
     Raises ValueError where the two are not layouts of the same parts, or `old` does not fit the tensor.
     """
-    if old.dim != new.dim or {*old.labels()} != {*new.labels()}:
+    names = [{name for name, _ in layout.parts} for layout in (old, new)]
+    if old.dim != new.dim or names[0] != names[1] or {*old.labels()} != {*new.labels()}:
         ours, theirs = (sorted(".".join(x) for x in layout.labels()) for layout in (old, new))
         raise ValueError(
             f"two layouts of other parts: {ours} along dimension {old.dim}, {theirs} along dimension {new.dim}"

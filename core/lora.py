@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.addresses import ADAPTER, Labels, is_adapter, spelled
 from core.layout import Range
 from core.options import Catalogue, Mistake, Variant
-from core.rules import Row, RuleMistakes
+from core.rules import Row
 from core.weights import compare
 
 
@@ -37,10 +37,10 @@ class Adapter:
         return sum(b - a for a, b in self.ranges)
 
 
-def plan(model: nn.Module, rows: Sequence[Row]) -> list[Adapter]:
+def plan(model: nn.Module, rows: Sequence[Row]) -> tuple[list[Adapter], list[Mistake]]:
     """The adapters that a table asks for: one for each part that a bracket named, else one for all parts of a weight together.
 
-    Raises RuleMistakes where a weight cannot have one, or the rank exceeds what it adapts.
+    And every mistake: weights that cannot have one, ranks that exceed what they adapt.
     """
     asked: dict[str, list[Row]] = {}
     wrong: dict[Any, Mistake] = {}
@@ -58,9 +58,7 @@ def plan(model: nn.Module, rows: Sequence[Row]) -> list[Adapter]:
         _rule(row) for some in asked.values() for row in some
     }:
         wrong.setdefault(name, Mistake(("slices", name, "lora"), "none of what the rule matches is a linear map"))
-    if wrong:
-        raise RuleMistakes(list(wrong.values()))
-    return made
+    return made, list(wrong.values())
 
 
 def _rule(row: Row) -> str:
@@ -72,8 +70,10 @@ def _unfit(row: Row, modules: dict[str, nn.Module]) -> str:
     part = row.slice
     owners = [modules[name.rpartition(".")[0]] for name in (part.parameter, *part.aliases)]
     if any(not hasattr(owner, "op") for owner in owners):
-        tied = f" (tied as {' and '.join((part.parameter, *part.aliases))})" if part.aliases else ""
-        return f"{part.address}{tied} is looked up, not multiplied; an adapter needs a linear map"
+        tied = f", which is also {' and '.join(part.aliases)}," if part.aliases else ""
+        return (
+            f"{part.address}{tied} is looked up by an embedding, and an adapter needs the weight of linear maps alone"
+        )
     return ""
 
 
@@ -125,12 +125,12 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, places: Sequence[Sequence[Range]], *changes: Tensor) -> Tensor:
-        ctx.mark_dirty(y)
+        # y is not marked dirty: it is the linear map's own output, which nobody has saved, and autograd would copy all of a view.
         ctx.places = places
         for ranges, change in zip(places, changes, strict=True):
             start = 0
             for a, b in ranges:
-                y[..., a:b] += change[..., start : start + b - a]
+                y[..., a:b].add_(change[..., start : start + b - a])
                 start += b - a
         return y
 

@@ -150,6 +150,8 @@ def describe(tp: Any) -> str:
         return " or ".join(describe(a) for a in args)
     if origin in (tuple, list):
         return "a list"
+    if isinstance(tp, type) and is_dataclass(tp) and len(fields_of(tp)) == 1:
+        return f"a mapping with {next(iter(fields_of(tp)))}"
     return "a mapping"
 
 
@@ -214,17 +216,19 @@ class Reader:
         kind = spec.metadata.get("kind")
         if kind is not None:
             return self.variant(kind, value, path, spec.metadata.get("absent", spec.default))
-        if value is None and "absent" in spec.metadata:
-            self.wrong(path, "null (off) is not possible here", "Leave it out to say nothing.")
-            return None
-        value = self.value(hints(cls)[spec.name], value, path)
+        tp = hints(cls)[spec.name]
+        if "absent" in spec.metadata:
+            arms = tuple(arm for arm in typing.get_args(tp) if arm is not type(None))
+            tp = typing.Union[arms]  # noqa: UP007
+            value = False if is_off(value) and value is not None and bool in arms else value
+            if value is None or (is_off(value) and bool not in arms):
+                self.wrong(path, "null (off) is not possible here", "Leave it out to say nothing.")
+                return None
+        value = self.value(tp, value, path)
         for sign, bound in spec.metadata.get("bounds", {}).items():
             for number in value if isinstance(value, tuple) else (value,):
-                if (
-                    isinstance(number, (int, float))
-                    and not isinstance(number, bool)
-                    and not _holds(number, sign, bound)
-                ):
+                counts = isinstance(number, (int, float)) and not isinstance(number, bool)
+                if counts and not _holds(number, sign, bound):
                     self.wrong(path, f"{number!r} is not {sign} {bound}")
         return value
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -89,7 +89,7 @@ def _named(model: nn.Module) -> list[tuple[list[str], nn.Parameter, Declaration]
     found: dict[int, tuple[list[str], nn.Parameter, Declaration]] = {}
     for path, module in model.named_modules():
         for name, declaration in module.__dict__.get("declarations", {}).items():
-            parameter = module._parameters[name]
+            parameter = module._parameters.get(name)  # a stacked layer's is elsewhere
             if parameter is not None:
                 made = found.setdefault(id(parameter), ([], parameter, declaration))
                 made[0].append(f"{path}.{name}" if path else name)
@@ -151,9 +151,8 @@ def draw(part: Slice, parameter: Tensor, seed: int, init: Initialiser) -> None:
     view.copy_((init.draw(part.shape, generator_for(seed, address)) * factor).reshape(view.shape))
 
 
-def initialise(model: nn.Module, seed: int, inits: Sequence[Initialiser] | None = None) -> None:
-    """Fills every slice, by its declaration or by `inits`, one for each in the order in which they are listed."""
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fills every slice as its declaration says."""
     parameters = dict(model.named_parameters())
-    listed = slices(model)
-    for part, init in zip(listed, inits or [part.declaration.init for part in listed], strict=True):
-        draw(part, parameters[part.parameter], seed, init)
+    for part in slices(model):
+        draw(part, parameters[part.parameter], seed, part.declaration.init)

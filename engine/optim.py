@@ -18,6 +18,7 @@ from variations.optimizer import OPTIMIZERS
 from variations.optimizer.base import Entry, Group, Optimizer
 
 Key = tuple[Any, ...]
+LINE = 16  # elements: a fused kernel takes so many at a time on a CPU, or a divisor of it, and rounds those left over otherwise
 NOT_HELD = -1  # the number of steps of a slice that an optimizer has no state of
 
 
@@ -71,10 +72,11 @@ class Optimizers:
                 part, node = row.slice, row.settings.optimizer
                 key = (_node_key(row), row.learning_rate, row.settings.weight_decay, steps.get(part.address, 0))
                 places = part.declaration.layout.runs(parameter.shape, part.labels)
-                if OPTIMIZERS[node.name].apart or places is None:  # type: ignore[attr-defined]
+                alone = places is None or any((b - a) % LINE for a, b in places[:-1])
+                if OPTIMIZERS[node.name].apart or alone:  # type: ignore[attr-defined]
                     yield key, Entry(parameter, part.view, (part,))
                 else:
-                    runs += [(place, key, [part]) for place in places]
+                    runs += [(place, key, [part]) for place in places or ()]
             for (a, b), key, parts in _merged(sorted(runs, key=lambda run: run[0])):
                 yield key, Entry(parameter, partial(_flat, a, b), tuple(parts))
 
@@ -183,7 +185,7 @@ class Optimizers:
             if entry.steps:
                 part = entry.covers[0]
                 own, whole = (known.get((optimizer, name), {}) for name in (part.address, part.parameter))
-                _restore(entry, {**own, **whole})
+                _restore(entry, {**whole, **own})
 
 
 def _restore(entry: Entry, saved: Mapping[str, Tensor]) -> None:
@@ -213,7 +215,7 @@ def _flat(start: int, stop: int, tensor: Tensor) -> Tensor:
 def _merged(runs: Sequence[tuple[Range, Key, list[Slice]]]) -> list[tuple[Range, Key, list[Slice]]]:
     made: list[tuple[Range, Key, list[Slice]]] = []
     for (a, b), key, parts in runs:
-        if made and made[-1][0][1] == a and made[-1][1] == key:
+        if made and made[-1][0][1] == a and made[-1][1] == key and (a - made[-1][0][0]) % LINE == 0:
             (first, _), _, before = made[-1]
             made[-1] = ((first, b), key, before + [part for part in parts if part not in before])
         else:

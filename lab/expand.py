@@ -219,7 +219,12 @@ class _Expander:
             self.kept[point.ident] = True
             config, wrong = self.reader.read(tree)
             for mistake in wrong:
-                self.mistakes.setdefault((mistake.path, mistake.text), _placed(mistake, point, tree))
+                placed = _placed(mistake, point, tree)
+                if mistake.path[:1] == ("slices",) and placed.at is None and point.labels:
+                    # It stands in the file, and whether it holds depends on the model of the cell.
+                    cell = in_words(point.labels, self.short)
+                    placed = replace(placed, text=f"{mistake.text}, for example in the cell '{cell}'")
+                self.mistakes.setdefault((mistake.path, mistake.text), placed)
             if config is None:
                 self.fresh[point.ident] = True
             else:

@@ -26,10 +26,12 @@ from core.options import (
     hints,
     is_off,
     key_of,
+    nearest,
     options_of,
 )
 from core.references import has_references, resolve
-from core.rules import Resolver, RuleMistakes, SliceRule
+from core.resolve import Resolver
+from core.rules import RuleMistakes, SliceRule
 from core.slices import slices
 from core.yaml_files import ConfigError, shown
 from gpt_conf import KINDS, ModelConfig
@@ -72,6 +74,7 @@ class ConfigReader:
         self.reader.mistakes = found = []
         config = self.reader.read(Config, tree)
         found += self._check(config, tree)
+        found = [_rule_meant(m, given) for m in found]
         found += self._check_base(None if found or broken else config, tree)
         # Where a reference failed there is null now, which is not the user's mistake.
         found = [m for m in found if not (broken and has_references(get(given, m.path)))]
@@ -156,10 +159,11 @@ class ConfigReader:
         given = tree["slices"]
         if not isinstance(given, Mapping):
             return []
-        rules = {name: self.reader.known(SliceRule, rule) for name, rule in given.items()}
+        read = {name: self.reader.known(SliceRule, rule) for name, rule in given.items()}
+        rules = {name: rule for name, rule in read.items() if rule is not None}
         trial, spec = Reader(self.catalogue), fields_of(Config)["optimizer"]
         node = trial.variant("optimizer", tree.get("optimizer", spec.default), ("optimizer",), spec.default)
-        if node is None or any(rule is None for rule in rules.values()):
+        if node is None:
             return []
         model = model if model.vocab_size else replace(model, vocab_size=corpus.meta.vocab_size)
         try:
@@ -169,7 +173,10 @@ class ConfigReader:
                 key = key_of(model)
                 if key not in self._resolvers:
                     self._resolvers[key] = Resolver(slices(GPT(model)), self.catalogue)
-                rows = self._resolvers[key].resolve(rules, node)
+                complete = len(rules) == len(read)  # one that could not be read may be the one that gives adapters
+                rows, wrong = self._resolvers[key].table(rules, node, complete=complete)
+                if wrong:
+                    return wrong
         except RuleMistakes as error:
             return error.mistakes
         frozen = all(row.settings.frozen for row in rows)
@@ -248,6 +255,15 @@ def _check_catalogue(catalogue: Catalogue, names: str) -> None:
                     wrong = f"has Options whose types cannot be read: {error}"
             if wrong:
                 raise ConfigError(f"plugins: the {kind} '{name}' {wrong} ({names}).")
+
+
+def _rule_meant(mistake: Mistake, tree: Mapping[str, Any]) -> Mistake:
+    """A rule without a pattern may be another's name misspelt, by an axis or on the command line."""
+    if mistake.path[:1] != ("slices",) or mistake.path[2:] != ("match",) or "needs a pattern" not in mistake.text:
+        return mistake
+    rules = tree["slices"]
+    others = [n for n, rule in rules.items() if isinstance(rule, Mapping) and rule.get("match")]
+    return replace(mistake, advice=nearest(mistake.path[1], others)) if others else mistake
 
 
 def _unnamed(rules: Mapping[str, Any]) -> bool:

@@ -362,7 +362,7 @@ def train_separately(
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=betas, eps=eps, fused=True))
     if sgd:
-        optimizers.append(torch.optim.SGD(sgd, momentum=momentum, nesterov=nesterov))
+        optimizers.append(torch.optim.SGD(sgd, momentum=momentum, nesterov=nesterov, fused=True))
 
     losses = []
     for step in range(steps):

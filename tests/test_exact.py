@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,8 @@ from reference_slices import SeparateGPT, train_separately
 from torch import Tensor, nn
 
 from core.addresses import Labels
-from core.rules import Resolver, Row, SliceRule
+from core.resolve import Resolver
+from core.rules import Row, SliceRule
 from core.slices import Declaration, Layout, declare, initialise, materialise, slices
 from engine.data import Corpus
 from engine.loop import Run
@@ -146,12 +146,6 @@ def differing(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
     return [address for address, tensor in got.items() if not torch.equal(tensor, wanted[address])]
 
 
-@pytest.fixture(autouse=True)
-def fused_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's SGD is torch's fused kernel, as its AdamW is: torch's own forms of one optimizer differ in last bits."""
-    monkeypatch.setattr(torch.optim, "SGD", partial(torch.optim.SGD, fused=True))
-
-
 # Models -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +184,10 @@ def test_few_parts_train_as_separate_parameters_among_frozen_ones(optimizer: str
     assert sum(not own.frozen for own in told.values()) == 5
     for _ in range(STEPS):
         run.update()
+    live = {address.partition("[")[0] for address, own in told.items() if not own.frozen}
+    assert {name for name, p in run.plain.named_parameters() if p.grad is not None} == live, (
+        "no gradient where all is frozen"
+    )
     factors = [run.schedule.multiplier(i) for i in range(STEPS)]
     train_separately(net, told, [run.batches(i) for i in range(STEPS)], grad_clip=0.5, factors=factors)
     assert differing(values(run), {a: p.detach() for a, p in net.p.items()}) == []
@@ -376,6 +374,11 @@ def test_an_overflow_in_frozen_slices_does_not_count(bad: float) -> None:
         return going, run
 
     (_, clean), (going, spoilt) = stepped(None), stepped("frozen")
+    live = [row.slice for row in clean.rows if not row.settings.frozen]
+    norms = [torch.linalg.vector_norm(ref.initial_normal(2, part.address, part.shape, 3.0)) for part in live]
+    assert torch.equal(cast(Tensor, clean.grad_norm), torch.linalg.vector_norm(torch.stack(norms))), (
+        "the scale is taken out"
+    )
     assert going and spoilt.state.grad_scale == 2.0**16 and spoilt.state.fitting == 1
     assert torch.equal(cast(Tensor, clean.grad_norm), cast(Tensor, spoilt.grad_norm))
     assert differing(values(spoilt), values(clean)) == [] and all(x.isfinite().all() for x in values(spoilt).values())

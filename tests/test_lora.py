@@ -216,8 +216,8 @@ def refusal(rule: dict[str, Any], **tree: Any) -> str:
 def test_what_cannot_have_an_adapter_is_told() -> None:
     assert "slices.adapt.lora.rank" in (told := refusal({"match": "h.*.attn.qkv[v]", "lora": {"rank": 9}}))
     assert "9 is more than 8" in told and "h.0.attn.qkv.weight[v]" in told
-    assert "looked up, not multiplied" in refusal({"match": "wte", "lora": {}})
-    assert "tied as wte.weight and head.weight" in refusal({"match": "head", "lora": {}})
+    assert "looked up by an embedding" in refusal({"match": "wte", "lora": {}})
+    assert "which is also head.weight" in refusal({"match": "head", "lora": {}})
     assert "none of what the rule matches is a linear map" in refusal({"match": "h.*.ln_1", "lora": {}})
     assert "one number of a weight that has 2" in refusal({"match": "h.*.attn.qkv[a]", "lora": {}}, **PKL)
 
@@ -365,11 +365,12 @@ def measured(linear: Any) -> tuple[int, list[str]]:
     return flops.get_total_flops(), sorted(shapes.found)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", ["lora", "dora"])
-def test_adapters_of_q_and_v_cost_nothing_for_k(name: str) -> None:
+def test_adapters_of_q_and_v_cost_nothing_for_k(name: str, bias: bool) -> None:
     """Beside the base's: the products with A and B of q and v, forward and twice backward, and no tensor as wide as q, k, v."""
     lora = {"match": "h.0.attn.qkv[q,v]", "lora": {"variant": name, "rank": 3}}
-    base, changed = (made(slices=s, bias=False)[0].h[0].attn.qkv for s in ({}, {"adapt": lora}))
+    base, changed = (made(slices=s, bias=bias)[0].h[0].attn.qkv for s in ({}, {"adapt": lora}))
     (flops, wide), (more_flops, more_wide) = measured(base), measured(changed)
     positions = 2 * 7
     q, v = 2 * positions * 3 * (16 + 16), 2 * positions * 3 * (16 + 8)

@@ -13,7 +13,8 @@ from models import losses, make, read, scrambled, sentence
 from torch import Tensor, nn
 
 from core.options import Variant
-from core.rules import Resolver, Row
+from core.resolve import Resolver
+from core.rules import Row
 from core.slices import Declaration, Layout, Slice, declared, slices
 from engine.optim import Optimizers
 from model import GPT

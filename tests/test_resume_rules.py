@@ -21,7 +21,8 @@ from models import read, sentence
 from reference_slices import SeparateGPT
 from torch import Tensor, nn
 
-from core.rules import Resolver, SliceRule
+from core.resolve import Resolver
+from core.rules import SliceRule
 from core.slices import Declaration, Layout, declare, initialise, materialise, slices
 from core.weights import load_weights, weights
 from core.yaml_files import ConfigError

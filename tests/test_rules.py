@@ -18,7 +18,8 @@ from torch import nn
 from core.addresses import pattern
 from core.layout import Layout
 from core.options import Reader, Variant, plain
-from core.rules import Resolver, Row, RuleMistakes, SliceRule
+from core.resolve import Resolver
+from core.rules import Row, RuleMistakes, SliceRule
 from core.slices import Declaration, Slice, declare, slices
 from core.yaml_files import dump
 from model import assemble

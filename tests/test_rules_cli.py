@@ -32,6 +32,7 @@ def refused(desk: Desk, front: Front, text: str, *words: str) -> list[str]:
 
 # One rule, one mistake: what it says after its name, then where the sentence stands below the rule and words of it --------------
 
+TIED_LOOKUP = ["wte.weight, which is also head.weight, is looked up", "the weight of linear maps alone"]
 WRONG: list[tuple[str, str, list[str]]] = [
     # Places and parts
     (f'match: "{Q}[z]", lr_scale: 1', "match", [f"'{Q}[z]'", "there is no part 'z' there", "Known: k, q, v."]),
@@ -109,9 +110,9 @@ WRONG: list[tuple[str, str, list[str]]] = [
     (f'match: "{Q}", lora: {{rank: 2, alpha: 0}}', "lora.alpha", ["0.0 is not > 0"]),
     (f'match: "{Q}", lora: lroa', "lora", ["no variant 'lroa'", "Did you mean 'lora'?"]),
     (f'match: "{Q}", lora: true', "lora", ["True is not possible here"]),
-    ("match: wpe, lora: {rank: 1}", "lora", ["wpe.weight is looked up, not multiplied"]),
-    ("match: wte, lora: {rank: 1}", "lora", ["tied as wte.weight and head.weight", "needs a linear map"]),
-    ("match: head, lora: {rank: 1}", "lora", ["tied as wte.weight and head.weight", "needs a linear map"]),
+    ("match: wpe, lora: {rank: 1}", "lora", ["wpe.weight is looked up by an embedding"]),
+    ("match: wte, lora: {rank: 1}", "lora", TIED_LOOKUP),
+    ("match: head, lora: {rank: 1}", "lora", TIED_LOOKUP),
     ('match: "h.*.ln_1", lora: {rank: 1}', "lora", ["none of what the rule matches is a linear map"]),
     ('match: "**.bias", lora: {rank: 1}', "lora", ["none of what the rule matches is a linear map"]),
     (f'match: "{Q}[q].lora_a", lr_scale: 2', "match", ["matches nothing", "No rule gives a weight an adapter"]),

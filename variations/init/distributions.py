@@ -28,7 +28,8 @@ class Distribution:
         return bool(getattr(self.options, "scale_residual", True))
 
     def __str__(self) -> str:
-        shown = [f"{f.name}={getattr(self.options, f.name)}" for f in fields(self.options)]  # type: ignore[arg-type]
+        values = {f.name: getattr(self.options, f.name) for f in fields(self.options)}  # type: ignore[arg-type]
+        shown = [f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()]
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
         return f"{name}({', '.join(x for x in shown if not x.startswith('scale_residual=True'))})" if shown else name
 

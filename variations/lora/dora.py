@@ -31,6 +31,7 @@ class DoRA(LoRA):
         """m / |W + scale B A| for each row; 1 for experts that are not its own."""
         with torch.no_grad():
             norms = torch.linalg.vector_norm(super().merged(weight), dim=-1)
+            norms.clamp_(min=torch.finfo(norms.dtype).tiny)  # a row of zeros stays one
         if self.places is None:
             return self.lora_magnitude / norms
         index = torch.tensor(self.places, device=weight.device)

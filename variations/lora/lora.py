@@ -65,7 +65,7 @@ class LoRA(nn.Module):
         """scale (x A^T) B^T, by the linear map's own operation."""
         a, b = (self.whole(t, linear.experts) for t in (self.lora_a, self.lora_b))
         hidden = linear.op(self.drop(x), a, None, *counts)
-        added: Tensor = linear.op(hidden * self.scale.to(hidden.dtype), b, None, *counts)
+        added: Tensor = linear.op(hidden, b * self.scale, None, *counts)
         return added
 
     def forward(self, x: Tensor, y: Tensor, linear: Any, *counts: Tensor) -> Tensor:

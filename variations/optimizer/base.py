@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass
 class Group:
-    """Entries that share settings, all of which have gradients. `learning_rate` is the peak, slice multipliers included."""
+    """Entries that share settings. `learning_rate` is the peak, slice multipliers included, or that of one update."""
 
     entries: list[Entry]
     learning_rate: float
@@ -100,18 +100,24 @@ class Optimizer:
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One update with every learning rate multiplied by `factor`."""
+        live = []
         for group in self.groups:
-            live = [entry for entry in group.entries if entry.parameter.grad is not None]
-            if not live:
-                continue
-            for entry in live:
+            entries = [entry for entry in group.entries if entry.parameter.grad is not None]
+            for entry in entries:
                 entry.steps += 1
                 if not entry.dense:
                     entry.place.copy_(entry.view)
-            self.update(Group(live, group.learning_rate, group.weight_decay), group.learning_rate * factor)
-            for entry in live:
+            live += [Group(entries, group.learning_rate * factor, group.weight_decay)] if entries else []
+        self.update_all(live)
+        for group in live:
+            for entry in group.entries:
                 if not entry.dense:
                     entry.view.copy_(entry.place)
+
+    def update_all(self, groups: Sequence[Group]) -> None:
+        """Moves the parameters of all groups, at the learning rates they have now."""
+        for group in groups:
+            self.update(group, group.learning_rate)
 
     def update(self, group: Group, lr: float) -> None:
         """Moves `group.params` by `group.grads`."""

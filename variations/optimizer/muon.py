@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,22 +63,24 @@ class Muon(Optimizer):
     takes = ("matrix", "embedding")
     apart = True
 
-    def update(self, group: Group, lr: float) -> None:
+    def update_all(self, groups: Sequence[Group]) -> None:
         o: MuonOptions = self.options
-        params, momentum, grads = group.params, group.state("momentum"), group.grads
-        torch._foreach_lerp_(momentum, grads, 1 - o.momentum)
-        directions = torch._foreach_lerp(grads, momentum, o.momentum) if o.nesterov else momentum
-        if group.weight_decay:
-            torch._foreach_mul_(params, 1 - lr * group.weight_decay)
-        # By shape, every logical matrix's place in its weight and its direction.
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for entry, weight, direction in zip(group.entries, params, directions, strict=True):
-            pairs = zip(*(self.matrices(entry, t) for t in (weight, direction)), strict=True)
-            for place, matrix in pairs:
-                alike.setdefault(matrix.shape, []).append((place, matrix))
+        # By shape, every logical matrix of all groups: its place in its weight, its direction, its step.
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
+        for group in groups:
+            params, momentum, grads = group.params, group.state("momentum"), group.grads
+            torch._foreach_lerp_(momentum, grads, 1 - o.momentum)
+            directions = torch._foreach_lerp(grads, momentum, o.momentum) if o.nesterov else momentum
+            if group.weight_decay:
+                torch._foreach_mul_(params, 1 - group.learning_rate * group.weight_decay)
+            for entry, weight, direction in zip(group.entries, params, directions, strict=True):
+                pairs = zip(*(self.matrices(entry, t) for t in (weight, direction)), strict=True)
+                for place, matrix in pairs:
+                    alike.setdefault(matrix.shape, []).append((place, matrix, group.learning_rate))
         for (rows, cols), same in alike.items():
-            updates = orthogonalise(torch.stack([matrix for _, matrix in same]), o.ns_steps).unbind(0)
-            torch._foreach_add_([place for place, _ in same], updates, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+            updates = orthogonalise(torch.stack([matrix for _, matrix, _ in same]), o.ns_steps).unbind(0)
+            for (place, _, lr), update in zip(same, updates, strict=True):
+                place.add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
 
     def matrices(self, entry: Entry, tensor: Tensor) -> tuple[Tensor, ...]:
         """The logical matrices of an entry's tensor, as views."""
