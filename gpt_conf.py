@@ -65,6 +65,9 @@ class ModelConfig:
     activation: Variant = variant("activation", "gelu", "The nonlinearity of the MLPs.")
     position: Variant = variant("position", "learned", "How positions enter.")
     attention: Variant = variant("attention", "causal", "The attention of the blocks.")
+    layer_pattern: tuple[str, ...] = opt(
+        (), "Names of the attention of one layer after another, repeated; none means model.attention everywhere."
+    )
     mlp: Variant = variant("mlp", "standard", "The MLP of the blocks.")
     init: Variant = variant("init", "normal", "Initial values of matrices and embeddings.")
     sites: dict[str, SiteRule] = opt({}, "Other variations at named places.")

@@ -67,6 +67,7 @@ class GPT(nn.Module):
             self.tie(site)
         if unused := site.unused():
             raise Invalid(*unused)
+        self.observed = {path: m for path, m in self.named_modules() if hasattr(m, "auxiliary_loss")}
 
     def tie(self, site: Site) -> None:
         """Lets the head use the embedding's weight and its knobs, where both are the same variation with the same options."""
@@ -93,7 +94,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """tokens and targets int64 [B, T] -> logits [B, T, V] and the mean cross entropy in nats per token, if targets are given.
 
-        With a cache, tokens continue what it has seen. Raises ValueError for more tokens than `block_size`.
+        In training, what modules add to the loss (balancing of experts) is in it. With a cache, tokens continue what it has
+        seen. Raises ValueError for more tokens than `block_size`.
         """
         offset = cache.offset if cache is not None else 0
         if offset + tokens.shape[1] > self.config.block_size:
@@ -110,7 +112,31 @@ class GPT(nn.Module):
             cache.offset += tokens.shape[1]
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if self.training:
+            extra: list[Any] = [module.auxiliary_loss for module in self.observed.values()]
+            loss = sum((x for x in extra if x is not None), start=loss)
+        return logits, loss
+
+    def compiled(self) -> Any:
+        """The model compiled; of stacked layers each block, so that blocks that are alike are compiled once."""
+        if not isinstance(self.h, Stack):
+            return torch.compile(self)
+        for block in self.h:
+            block.compile()
+        return self
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """What modules measured in the last forward pass of training, by path and name; read from the device at once."""
+        found: list[tuple[str, str, Any]] = []
+        for path, module in self.observed.items():
+            values: Any = module.statistics
+            found += [(path, name, value) for name, value in values.items()]
+        numbers = torch.stack([value.float() for _, _, value in found]).tolist() if found else []
+        made: dict[str, dict[str, float]] = {}
+        for (path, name, _), number in zip(found, numbers, strict=True):
+            made.setdefault(path, {})[name] = number
+        return made
 
     def flops_per_token(self) -> int:
         """Forward and backward, per token of a full context: 6 per weight that multiplies, 3 x the mixers' own forward.

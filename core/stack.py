@@ -6,7 +6,7 @@ The blocks stay the modules they are, with their paths, buffers and hooks. Their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,17 +45,32 @@ class Stack(nn.ModuleList):
         self._register_load_state_dict_pre_hook(_Join(self))
         self.show()
 
-    def show(self, of: Mapping[str, Tensor] | None = None) -> None:
-        """Lets every block see its layer of each weight: of the parameters as they are, or of other tensors in their place."""
+    def show(self) -> None:
+        """Lets every block see its layer of each weight, as views of the parameters as they are now."""
+        self.views = {name: self._parameters[name].detach().unbind(0) for name in self.members}  # type: ignore[union-attr]
+        self._set(self.views)
+
+    def _set(self, views: Mapping[str, Sequence[Tensor]]) -> None:
         for name, owners in self.members.items():
-            whole = self._parameters[name].detach() if of is None else of[name]  # type: ignore[union-attr]
-            for (module, leaf), view in zip(owners, whole.unbind(0), strict=True):
+            for (module, leaf), view in zip(owners, views[name], strict=True):
                 module.__dict__[leaf] = view
 
     def layers(self) -> Iterator[nn.Module]:
-        """The blocks, shown views through which gradients flow."""
-        self.show({name: p for name, p in self._parameters.items() if p is not None})
-        return iter(self)
+        """The blocks, which see views through which gradients flow while they are gone through."""
+        if torch.is_grad_enabled():
+            self._set({name: self._parameters[name].unbind(0) for name in self.members})  # type: ignore[union-attr]
+        yield from self
+        if torch.is_grad_enabled():
+            self._set(self.views)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Stack:
+        super()._apply(fn, recurse)  # to another device or dtype
+        self.show()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.show()  # a copy's blocks see the copy's weights
 
 
 def _declared(block: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, Declaration]]]:

@@ -74,7 +74,7 @@ class Run:
         if config.run.base and checkpoint.latest(folder / "checkpoint") is None:  # a run on its way needs it no more
             load_base(self.plain, Path(config.run.base))
             refill(self.plain, self.rows, init_seed)
-        self.model: Any = torch.compile(self.plain) if config.train.compile else self.plain
+        self.model: Any = self.plain.compiled() if config.train.compile else self.plain
         self.optimizers = Optimizers(self.plain, self.rows)
         self.schedule = variations.CATALOGUE["schedule"][config.schedule.name](
             config.schedule.options, config.iterations
@@ -267,7 +267,8 @@ class Run:
                 state.iter - 1
             )
             record["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
-            tracker.log({**record, "tokens_per_second": self.tokens_per_second()})
+            record["tokens_per_second"] = self.tokens_per_second()
+            tracker.log({**record, **({"modules": found} if (found := self.plain.statistics()) else {})})
             state.pending = []
         if bad is None and self.telemetry is not None:
             tracker.log({"kind": "slices", **self.position(), "slices": self.told_slices(self.telemetry)})

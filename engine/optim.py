@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.addresses import SLASH
 from core.layout import Range
 from core.options import Variant, key_of
 from core.rules import Row
 from core.slices import Slice
+from core.stack import spread
 from variations.optimizer import OPTIMIZERS
 from variations.optimizer.base import Entry, Group, Optimizer
 
@@ -140,7 +142,12 @@ class Optimizers:
                     key = f"{optimizer}.{kind}/{name}"
                     whole = made.setdefault(key, torch.zeros_like(entry.parameter.detach()).contiguous())
                     entry.take(whole).copy_(tensor)
-        return made
+        return _apart(made, self._stacks())
+
+    def _stacks(self) -> dict[str, list[str]]:
+        """By stacked parameter, the names of its layers in an unstacked model, by which they are saved."""
+        first = {row.slice.parameter: row.slice.declaration.layout for row in self.rows if SLASH in row.slice.parameter}
+        return {name: spread(name, layout.stack[0]) for name, layout in first.items()}
 
     def _orders(self) -> dict[str, dict[str, int]]:
         """By parameter, the place of each slice's address in its layout's order."""
@@ -156,6 +163,7 @@ class Optimizers:
         A slice that was frozen starts anew; one that is frozen now loses its state. Raises ValueError with a sentence for a
         slice whose state is another optimizer's, and for the state of another model.
         """
+        saved = _together(saved, self._stacks())
         orders = self._orders()
         wanted = {f"steps/{name}": len(places) for name, places in orders.items()}
         found = {key: t.numel() for key, t in saved.items() if key.startswith("steps/")}
@@ -185,20 +193,62 @@ class Optimizers:
             if entry.steps:
                 part = entry.covers[0]
                 own, whole = (known.get((optimizer, name), {}) for name in (part.address, part.parameter))
-                _restore(entry, {**whole, **own})
+                _restore(entry, whole, own)
 
 
-def _restore(entry: Entry, saved: Mapping[str, Tensor]) -> None:
+def _restore(entry: Entry, whole: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Fills an entry's state from tensors of its parameter's shape or, of one slice, of a shape of their own."""
     name, shape = entry.covers[0].parameter, entry.parameter.shape
     for kind, state in entry.state.items():
-        if kind not in saved:
-            raise ValueError(f"the optimizer state {kind} of {name} is missing")
-        given = saved[kind].contiguous()
-        taken = entry.take(given) if given.shape == shape else given
-        if taken.shape != state.shape:
-            raise ValueError(f"the optimizer state {kind} of {name} is {list(given.shape)}, not {list(shape)}")
-        state.copy_(taken)
+        given = [entry.take(t.contiguous()) for t in (whole.get(kind),) if t is not None and t.shape == shape]
+        given += [own[kind]] if kind in own else []
+        fitting = [t for t in given if t.shape == state.shape]
+        if not fitting:
+            found = [list(t.shape) for t in (whole.get(kind), own.get(kind)) if t is not None]
+            told = f"is {found[0]}, not {list(shape)}" if found else "is missing"
+            raise ValueError(f"the optimizer state {kind} of {name} {told}")
+        state.copy_(fitting[0])
+
+
+def _apart(made: Mapping[str, Tensor], stacks: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """State with each layer of a stack under its own name; of what an optimizer does not hold there is nothing."""
+    layered: dict[str, Tensor] = {}
+    for key, tensor in made.items():
+        head, _, name = key.partition("/")
+        if name in stacks:
+            each = tensor.view(len(stacks[name]), -1) if head.endswith("steps") else tensor
+            layered |= {f"{head}/{n}": t for n, t in zip(stacks[name], each.unbind(0), strict=True)}
+        else:
+            layered[key] = tensor
+    idle = {k.replace(".steps/", "./") for k, t in layered.items() if ".steps/" in k and bool((t == NOT_HELD).all())}
+    return {k: t for k, t in layered.items() if "." not in k.partition("/")[0] or _owner(k) not in idle}
+
+
+def _owner(key: str) -> str:
+    """'adamw./h.0.attn.qkv.weight' of any state of that parameter."""
+    head, _, name = key.partition("/")
+    return f"{head.partition('.')[0]}./{name}"
+
+
+def _together(saved: Mapping[str, Tensor], stacks: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """The inverse of `_apart`, also for a state that was saved without stacks."""
+    places = {n: (name, i) for name, names in stacks.items() for i, n in enumerate(names)}
+    made: dict[str, Tensor] = {}
+    layers: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in saved.items():
+        head, _, name = key.partition("/")
+        if name in places:
+            stacked, i = places[name]
+            layers.setdefault(f"{head}/{stacked}", {})[i] = tensor
+        if name not in places or not head.endswith("steps"):
+            made[key] = tensor  # also of a layer: it may be a slice's own state, of another shape
+    for key, found in layers.items():
+        head, _, name = key.partition("/")
+        any_layer = next(iter(found.values()))
+        empty = torch.full_like(any_layer, NOT_HELD) if head.endswith("steps") else torch.zeros_like(any_layer)
+        each = [found.get(i, empty) for i in range(len(stacks[name]))]
+        made[key] = torch.cat(each) if head.endswith("steps") else torch.stack(each)
+    return made
 
 
 def _node_key(row: Row) -> Key:

@@ -42,9 +42,10 @@ class Case:
         return {"variant": self.name, **self.options}
 
     def trees(self) -> list[dict[str, Any]]:
-        """The configurations to try it in: a GPT-2 and a Llama. One side of a tied pair cannot be another variation."""
+        """The configurations to try it in: a GPT-2, a Llama, and this one stacked. One side of a tied pair cannot be another
+        variation."""
         untied = {"tie_weights": False} if self.kind in ("embedding", "head") else {}
-        return [{**base, self.kind: self.node(), **untied} for base in ({}, MODERN)]
+        return [{**base, self.kind: self.node(), **untied} for base in ({}, MODERN, {**MODERN, "stack_layers": True})]
 
 
 def cases(kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:

@@ -16,8 +16,9 @@ import torch
 from models import Case, grads, losses, make, scrambled, tokens
 from torch import Tensor
 
+from core.addresses import SLASH, spelled
 from core.options import fields_of, options_of
-from core.slices import Slice, declared, slices
+from core.slices import Slice, slices
 from model import GPT
 from variations import CATALOGUE
 from variations.cache import Cache
@@ -91,7 +92,8 @@ def state_dict(case: Case) -> None:
         model, other = scrambled(1, **tree), scrambled(2, **tree)
         x = tokens(model, 2, 7)
         saved = {name: t.clone() for name, t in model.state_dict().items()}
-        weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        weights = {name for name, _ in model.named_parameters(remove_duplicate=False) if SLASH not in name}
+        weights |= {spelled(part.parameter, part.labels)[0] for part in slices(model)}  # of stacked layers each one's own
         assert set(saved) == weights, "a buffer would let a checkpoint override the configuration"
         assert not bits(logits(model, x), logits(other, x))
         other.load_state_dict(saved)
@@ -241,12 +243,12 @@ def spread(case: Case) -> None:
             found: Any = getattr(module, "effective", None)
             if found is None or (path == "head" and model.config.tie_weights):
                 continue
-            _, _, what = next(d for d in declared(module) if d[0] == "weight")
-            scaled = path in residual and getattr(what.init.options, "scale_residual", True)  # type: ignore[attr-defined]
+            what = module.__dict__["declarations"]["weight"]  # also of a stacked layer, whose parameter is elsewhere
+            scaled = path in residual and getattr(what.init.options, "scale_residual", True)
             gain = 1 / math.sqrt(2 * model.config.n_layer) if scaled else 1.0
             weight = found().detach()
-            for part in weight.split([size for _, size in what.layout.parts] or len(weight)):
-                draws = [what.init.draw(tuple(part.shape), torch.Generator().manual_seed(i)) for i in range(40)]
+            for part in weight.split([size for _, size in what.layout.parts] or weight.shape[-2], -2):
+                draws = [what.init.draw(tuple(part.shape[-2:]), torch.Generator().manual_seed(i)) for i in range(40)]
                 expected = gain * torch.stack(draws).square().mean().sqrt().item()
                 if expected == 0:
                     assert not part.any(), path

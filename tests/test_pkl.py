@@ -15,7 +15,7 @@ from properties import last_linears, logits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.rules import Resolver
+from core.resolve import Resolver
 from core.slices import materialise, slices
 from engine.optim import Optimizers
 from model import GPT

@@ -6,6 +6,7 @@ Every variation is built as `Class(options, site, **shape)` and makes its own pa
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from core.addresses import select
-from core.options import Catalogue, Invalid, Variant, nearest
+from core.options import Catalogue, Invalid, Variant, nearest, options_of
 from core.slices import Initialiser
 from gpt_conf import ModelConfig
 
@@ -34,7 +35,7 @@ class Site:
     def node(self, kind: str, fallback: str | None = None) -> Variant:
         """The variation of `kind` here: the last site rule that matches, else the model's. A rule about the `fallback` kind
         counts as one about `kind` (a head is also a linear)."""
-        chosen: Variant = getattr(self.config, kind)
+        chosen: Variant = self.patterned() if kind == "attention" else getattr(self.config, kind)
         hits = {k: self.asked.setdefault((k, self.path), []) for k in (kind, fallback) if k}
         for name, rule in self.config.sites.items():
             nodes = rule.nodes()
@@ -43,6 +44,18 @@ class Site:
                 chosen = nodes[said]
                 hits[said].append(name)
         return chosen
+
+    def patterned(self) -> Variant:
+        """The attention of this layer by the model's pattern: with the options of `attention` where it has that name."""
+        pattern, usual, known = self.config.layer_pattern, self.config.attention, self.catalogue["attention"]
+        layer = re.match(r"h\.(\d+)\.", self.path)
+        if not pattern or layer is None:
+            return usual
+        for name in pattern:
+            if name not in known:
+                raise Invalid(("layer_pattern", f"no variant '{name}'. {nearest(name, known)}"))
+        name = pattern[int(layer.group(1)) % len(pattern)]
+        return usual if name == usual.name else Variant(name, options_of(known[name])())
 
     def find(self, kind: str, fallback: str | None = None) -> tuple[Any, Any]:
         """The class of the variation of `kind` here, and its options."""
