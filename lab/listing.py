@@ -104,7 +104,9 @@ def open_listing(file: File | None, words: Sequence[str], trail: tuple[File, ...
         tree["plugins"] = list(plugins)
     swept = tree.get("sweep") is not None
     base = {k: v for k, v in tree.items() if k not in ("sweep", "run")}
-    bases = Bases((composed.folder, File.cwd(), LIBRARY), lambda other: open_listing(other, (), (*trail, other)), trail)
+    here = [setting.word for setting in settings if not setting.axis and _is_of_the_machine(setting.path)]
+    folders = (composed.folder, File.cwd(), LIBRARY)
+    bases = Bases(folders, lambda other: open_listing(other, here, (*trail, other)), trail)
     reader = new_reader(plugins, bases)
     sweep, mistakes = _read_sweep(tree, composed, file) if swept else (Sweep(), [])
     expansion, found = expand(base, sweep, pins, reader, lambda t, path: default_value(CATALOGUE, t, path))
@@ -120,6 +122,11 @@ def open_listing(file: File | None, words: Sequence[str], trail: tuple[File, ...
     listing = Listing(first.name, File(first.runner.root) / first.name, tree, expansion, reader, swept)
     listing.ids = _ids(listing, expansion)
     return listing
+
+
+def _is_of_the_machine(path: Path) -> bool:
+    """Whether an option says where data and results lie or how runs are carried out: it holds of a base too."""
+    return path[0] in ("runner", "tracking") or path in (("data", "root"), ("train", "device"))
 
 
 def _shortened(told: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ def small_corpora(root: Path) -> Path:
     text = "the quick brown fox jumps over the lazy dog. " * 60
     tokenizer = CharTokenizer.of([text])
     ids = tokenizer.encode(text)
-    for name in ("stdlib", "shakespeare_char"):
+    for name in ("stdlib", "shakespeare_char", "pydoc"):
         chunks = [("train", ids), ("val", ids[:600])]
         write_corpus(root / name / "char", chunks, dataset=name, tokenizer=tokenizer, source="a sentence, repeated")
     return root

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from shipped import small_corpora
 
 from lab.listing import open_listing
+from model import assemble
+from train_args import with_vocabulary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "explorations").glob("**/*.yaml"))
@@ -52,3 +55,31 @@ def test_three_seeds_make_thirty(data: Path) -> None:
         REPOSITORY / "explorations" / "pkl_number_sweep.yaml", [f"data.root={data}", "sweep.seeds=3"]
     )
     assert (len(listing.runs), listing.expansion.cells) == (30, 10)
+
+
+COUNTS = {"qkv_lr": (7, 21), "qkv_init": (10, 30), "gate_up": (11, 33), "lora_slices": (17, 34), "depth_lr": (5, 15),
+          "slice_combinations": (96, 96)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_sweeps_over_slices_stand_for_what_they_say(name: str, data: Path) -> None:
+    listing = open_listing(REPOSITORY / "explorations" / f"{name}_sweep.yaml", [f"data.root={data}"])
+    assert (listing.expansion.cells, len(listing.runs)) == COUNTS[name] and listing.expansion.duplicates == 0
+    seeds = len({run.seed for run in listing.runs})
+    assert sum(run.baseline for run in listing.runs) == seeds
+
+
+def test_adapters_are_on_the_slices_that_the_sweep_names(data: Path) -> None:
+    listing = open_listing(REPOSITORY / "explorations" / "lora_slices_sweep.yaml", [f"data.root={data}"])
+    found: dict[str, set[str]] = {}
+    for run in listing.runs:
+        config = with_vocabulary(run.config, listing.reader.corpus(run.config.data).meta.vocab_size)
+        _, rows = assemble(config.model, config.slices, config.optimizer)
+        case = str(run.changed["case"])
+        trained = {row.slice.address for row in rows if not row.settings.frozen}
+        found[case] = {re.sub(r"h\.\d+", "h.*", a).removesuffix("_a") for a in trained if a.endswith("lora_a")}
+        assert case == "everything" or all("lora_" in address for address in trained), "the base is frozen"
+    assert found == {
+        "everything": set(), "q_v": {"h.*.attn.qkv[q].lora", "h.*.attn.qkv[v].lora"}, "k": {"h.*.attn.qkv[k].lora"},
+        "q_k_v": {f"h.*.attn.qkv[{part}].lora" for part in "qkv"}, "together": {"h.*.attn.qkv.lora"},
+    }  # fmt: skip
