@@ -397,3 +397,9 @@ def test_adapters_are_new_over_a_base_and_may_not_be_in_it(bench: Bench) -> None
         bench.write("x.yaml", train__init_from=base)
         (told,) = bench.wrong("x.yaml")
         assert "it has adapters; merge them first (x.yaml:1)" in told
+
+
+def test_where_results_lie_on_the_command_line_holds_of_the_base_too(bench: Bench) -> None:
+    bench.write("tuned.yaml", train__init_from="base.yaml")
+    assert bench.run("tuned.yaml", "runner.root=there") == 0
+    assert len(list((bench.home / "there/base").glob("*/result.json"))) == 1 and not (bench.home / "runs").exists()

@@ -1,16 +1,122 @@
-"""Many linear maps at once, each over its own rows: the one place where the way to compute them is chosen."""
+"""Many linear maps at once, each over its own rows: the one place where the way to compute them is chosen.
+
+Files may hold the weights of experts as one stack, `mlp.down.weight`, or one by one, `mlp.down.weight.0`, `mlp.down.weight.1`, ...
+`apart` and `together` turn one into the other; `load_state_dict` takes both where `join` is its hook.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+ALIGNED = 16  # bytes: what the strides of the grouped kernel's operands are multiples of
+GROUPED = (torch.float32, torch.bfloat16, torch.float16)  # what the grouped kernel takes
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     """x [N, in], sorted by group; weight [E, out, in]; bias [E, out]; counts int64 [E], rows of each group, N in sum -> [N, out].
 
-    A group without rows has a gradient of zeros.
+    A group without rows has a gradient of zeros. Autocast is F.linear's. One kernel, for which the host reads nothing on CUDA in
+    bfloat16; a product for each group in float64 and where widths are not `ALIGNED`. (A batched product was no faster for equal
+    groups, and slower for padded ones: bench/grouped.py.)
     """
-    y = F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype not in GROUPED or any(size * x.itemsize % ALIGNED for size in weight.shape[-2:]):
+        biases = [None] * len(weight) if bias is None else bias.unbind(0)
+        rows = x.split(counts.tolist())
+        return torch.cat([F.linear(*each) for each in zip(rows, weight.unbind(0), biases, strict=True)])
+    y = _grouped(x.contiguous(), weight.contiguous().mT, counts.cumsum(0).to(torch.int32))
     return y if bias is None else y + bias.repeat_interleave(counts, 0, output_size=len(x))
+
+
+# Torch's own operation is known to the compiler in bfloat16 alone, and its backward refuses gradients that are expanded (a sum's).
+@torch.library.custom_op("slicewise::grouped", mutates_args=())
+def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """a [N, in] and b [E, in, out] -> [N, out], or a [rows, N] and b [N, columns] -> [E, rows, columns]."""
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@_grouped.register_fake
+def _shape(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(*((len(a),) if b.dim() == 3 else (len(ends), len(a))), b.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, ends = ctx.saved_tensors  # weight [E, in, out]
+    grad = grad.contiguous()
+    to_x, to_weight, _ = ctx.needs_input_grad
+    return (
+        _grouped(grad, weight.mT, ends) if to_x else None,
+        _grouped(grad.mT, x, ends).mT if to_weight else None,
+        None,
+    )
+
+
+_grouped.register_autograd(_backward, setup_context=_save)
+
+
+class Rows(torch.autograd.Function):
+    """x [N, ...], each row `times` over, in another order: row `order[i] // times` stands at i. `inverse` undoes the order.
+
+    Gradients are gathered and summed, not scattered: the same bits every time, on a GPU too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, times: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.times = times
+        return x.index_select(0, order // times if times > 1 else order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (inverse,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, inverse)
+        return grad.unflatten(0, (-1, ctx.times)).sum(1) if ctx.times > 1 else grad, None, None, None
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, int, list[str]]]:
+    """Of a linear map of experts, each tensor's name, its axis of experts, and the names that the experts have one by one."""
+    count: int = getattr(module, "experts", 0)
+    for name, what in module.__dict__.get("declarations", {}).items() if count else ():
+        axis = len(what.layout.stack) - 1
+        yield prefix + name, axis, [f"{prefix}{name}.{e}" for e in range(count)]
+
+
+def join(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A hook before `load_state_dict`: stacks the experts of `module` where the state has each of them."""
+    for name, axis, names in _stacks(module, prefix):
+        if name not in state and all(n in state for n in names):  # what is missing is told by its own name
+            state[name] = torch.stack([state.pop(n) for n in names], axis)
+
+
+def together(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the model with experts in one tensor, wherever it has them one by one."""
+    made = dict(state)
+    for path, module in model.named_modules():
+        join(module, made, f"{path}." if path else "")
+    return made
+
+
+def apart(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the model with a tensor for each expert."""
+    made = dict(state)
+    for path, module in model.named_modules():
+        for name, axis, names in _stacks(module, f"{path}." if path else ""):
+            if name in made:
+                each = (t.contiguous() for t in made.pop(name).unbind(axis))
+                made.update(zip(names, each, strict=True))
+    return made
