@@ -21,49 +21,65 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
     """x [N, in], sorted by group; weight [E, out, in]; bias [E, out]; counts int64 [E], rows of each group, N in sum -> [N, out].
 
     A group without rows has a gradient of zeros. Autocast is F.linear's. One kernel, for which the host reads nothing on CUDA in
-    bfloat16; a product for each group in float64 and where widths are not `ALIGNED`. (A batched product was no faster for equal
-    groups, and slower for padded ones: bench/grouped.py.)
+    bfloat16, widths filled up with zeros until they are `ALIGNED`; a product for each group in float64. (A batched product was no
+    faster for equal groups, and slower for padded ones: bench/grouped.py.)
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype not in GROUPED or any(size * x.itemsize % ALIGNED for size in weight.shape[-2:]):
+    if x.dtype not in GROUPED:
         biases = [None] * len(weight) if bias is None else bias.unbind(0)
-        rows = x.split(counts.tolist())
-        return torch.cat([F.linear(*each) for each in zip(rows, weight.unbind(0), biases, strict=True)])
-    y = _grouped(x.contiguous(), weight.contiguous().mT, counts.cumsum(0).to(torch.int32))
+        groups = zip(x.split(counts.tolist()), weight.unbind(0), biases, strict=True)
+        return torch.cat([F.linear(*each) for each in groups])
+    wide, outputs = ALIGNED // x.itemsize, weight.shape[-2]
+    rows, columns = -outputs % wide, -weight.shape[-1] % wide
+    if rows or columns:
+        x, weight = F.pad(x, (0, columns)), F.pad(weight, (0, columns, 0, rows))
+    y: Tensor = _Grouped.apply(x.contiguous(), weight.contiguous(), counts.cumsum(0).to(torch.int32))
+    y = y[:, :outputs].contiguous() if rows else y
     return y if bias is None else y + bias.repeat_interleave(counts, 0, output_size=len(x))
 
 
-# Torch's own operation is known to the compiler in bfloat16 alone, and its backward refuses gradients that are expanded (a sum's).
-@torch.library.custom_op("slicewise::grouped", mutates_args=())
-def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """a [N, in] and b [E, in, out] -> [N, out], or a [rows, N] and b [N, columns] -> [E, rows, columns]."""
+    made: Tensor = torch.ops.slicewise.grouped(a, b, ends) if torch.compiler.is_compiling() else _kernel(a, b, ends)
+    return made
+
+
+def _kernel(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(a, b, offs=ends)
 
 
-@_grouped.register_fake
 def _shape(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return a.new_empty(*((len(a),) if b.dim() == 3 else (len(ends), len(a))), b.shape[-1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+# An operation of ours for the compiler, which knows torch's own in bfloat16 alone.
+_LIBRARY = torch.library.Library("slicewise", "DEF")
+_LIBRARY.define("grouped(Tensor a, Tensor b, Tensor ends) -> Tensor")
+_LIBRARY.impl("grouped", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("slicewise::grouped", _shape, lib=_LIBRARY)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, ends = ctx.saved_tensors  # weight [E, in, out]
-    grad = grad.contiguous()
-    to_x, to_weight, _ = ctx.needs_input_grad
-    return (
-        _grouped(grad, weight.mT, ends) if to_x else None,
-        _grouped(grad.mT, x, ends).mT if to_weight else None,
-        None,
-    )
+class _Grouped(torch.autograd.Function):
+    """The grouped kernel. Its own backward refuses gradients that are expanded, such as a sum's, or whose strides are odd."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return _product(x, weight.mT, ends)
 
-_grouped.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        to_x, to_weight, _ = ctx.needs_input_grad
+        return (
+            _product(grad, weight, ends) if to_x else None,
+            _product(grad.mT, x, ends) if to_weight else None,
+            None,
+        )
 
 
 class Rows(torch.autograd.Function):
