@@ -67,6 +67,7 @@ class GPT(nn.Module):
             self.tie(site)
         if unused := site.unused():
             raise Invalid(*unused)
+        self.auxiliary: Tensor | None = None  # what modules added to the last training loss
         self.observed = {path: m for path, m in self.named_modules() if hasattr(m, "auxiliary_loss")}
 
     def tie(self, site: Site) -> None:
@@ -115,7 +116,9 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         if self.training:
             extra: list[Any] = [module.auxiliary_loss for module in self.observed.values()]
-            loss = sum((x for x in extra if x is not None), start=loss)
+            added = [x for x in extra if x is not None]
+            self.auxiliary = torch.stack(added).sum() if added else None
+            loss = loss if self.auxiliary is None else loss + self.auxiliary
         return logits, loss
 
     def compiled(self) -> Any:

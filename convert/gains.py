@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from core.lora import adapted
 from model import GPT
+from variations.linear.quantised import QuantisedLinear
 from variations.linear.standard import Linear
 
 
@@ -21,7 +22,7 @@ def readers(model: GPT) -> Iterator[tuple[str, nn.Module, list[Linear]]]:
     blocks: list[Any] = list(model.h)
     for i, block in enumerate(blocks):
         for name, mixer in (("ln_1", block.attn), ("ln_2", block.mlp)):
-            yield f"h.{i}.{name}", getattr(block, name), [getattr(mixer, reader) for reader in mixer.readers]
+            yield f"h.{i}.{name}", getattr(block, name), [mixer.get_submodule(reader) for reader in mixer.readers]
     yield "ln_f", model.ln_f, [model.head]  # type: ignore[list-item]
 
 
@@ -33,6 +34,8 @@ def fold_gains(model: GPT) -> list[str]:
     Returns the paths of the norms that were folded. A tied head is left out: its weight is also the embedding.
     Raises ValueError where a norm has a bias and a linear behind it has none to take it.
     """
+    if any(isinstance(module, QuantisedLinear) for module in model.modules()):
+        raise ValueError("The model has quantised weights, whose rounding a gain would change.")
     if adapted(model):
         raise ValueError("The model has adapters, which read the norms too: merge them first.")
     folded = []

@@ -135,7 +135,10 @@ class Run:
                 _, loss = self.model(x, y)
             loss = loss / train.gradient_accumulation_steps if train.gradient_accumulation_steps > 1 else loss
             (loss * self.state.grad_scale if self.state.grad_scale != 1.0 else loss).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            told = loss.detach()
+            if (extra := self.plain.auxiliary) is not None:  # cross entropy alone compares with other models'
+                told = told - extra.detach() / train.gradient_accumulation_steps
+            total = told if total is None else total + told
         assert total is not None
         self.losses.append(total)
         if self.clip():

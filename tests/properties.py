@@ -62,17 +62,24 @@ def shapes(case: Case) -> None:
 
 
 def causal(case: Case) -> None:
-    """Position t's logits keep every bit when the tokens after t change, in every position and layout of the batch."""
+    """Position t's logits keep every bit when the tokens after t change, in every position and layout of the batch.
+
+    Experts gather rows, and how many lie beside one another decides how their products are rounded: there in float64, and up to
+    what `cached` allows.
+    """
     for tree in case.trees():
         model = scrambled(**tree).eval()
+        gathering = any(getattr(module, "experts", 0) for module in model.modules())
+        same = bits if not gathering else lambda a, b: (a - b).abs().max() <= 1e-11 * max(1.0, b.abs().max().item())
+        model = model.double() if gathering else model
         t = model.config.block_size
         first, other = tokens(model, 1, t, 1), tokens(model, 1, t, 2)
         assert not (first == other).all()
         changed = torch.cat([torch.cat((first[:, : i + 1], other[:, i + 1 :]), 1) for i in range(t)])
         kept, moved = logits(model, first.repeat(t, 1)), logits(model, changed)
         for i in range(t):
-            assert bits(kept[i, : i + 1], moved[i, : i + 1]), f"position {i} sees what comes after it"
-        assert not bits(kept[0], moved[0]), "the tokens make no difference at all"
+            assert same(kept[i, : i + 1], moved[i, : i + 1]), f"position {i} sees what comes after it"
+        assert not same(kept[0], moved[0]), "the tokens make no difference at all"
 
 
 def gradients(case: Case) -> None:

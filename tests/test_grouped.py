@@ -153,6 +153,28 @@ def test_where_there_is_a_kernel_the_host_reads_no_count(sizes: tuple[int, int])
     assert ops.told["repeat_interleave"] == {"output_size": 12}, "without it the sum of the counts is read"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", SPLITS[:-1], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 32), (5, 3)])
+def test_on_a_gpu_it_is_the_same_and_nothing_waits(split: list[int], sizes: tuple[int, int]) -> None:
+    x, weight, bias, counts = given(split, sizes, torch.bfloat16)
+    assert bias is not None
+    far = [t.detach().cuda().requires_grad_() for t in (x, weight, bias)]
+    there, direction = counts.cuda(), torch.ones((), device="cuda", dtype=torch.bfloat16).expand(len(x), sizes[1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = grouped_linear(far[0], far[1], far[2], there)
+        ours.backward(direction)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    theirs = by_hand(x, weight, bias, counts)
+    theirs.backward(torch.ones_like(theirs))
+    close(ours.cpu(), theirs, sizes[0] + 1)
+    for a, b in zip(far, (x, weight, bias), strict=True):
+        assert a.grad is not None and b.grad is not None
+        close(a.grad.cpu(), b.grad, max(*sizes, sum(split)))
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_compiled_in_one_piece(dtype: torch.dtype) -> None:

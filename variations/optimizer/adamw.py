@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from core.options import Invalid, opt
 from variations.optimizer.base import Group, Optimizer, OptimizerOptions
@@ -31,17 +33,23 @@ class AdamW(Optimizer):
     Options = AdamWOptions
     kinds = ("exp_avg", "exp_avg_sq")
 
+    def update_all(self, groups: Sequence[Group]) -> None:
+        self.counts: dict[int, Tensor] = {}
+        super().update_all(groups)
+
     def update(self, group: Group, lr: float) -> None:
         # The kernel under torch.optim.AdamW(fused=True), called without that class, whose first use imports the compiler (seconds).
-        device = group.params[0].device
-        steps = {n: torch.full((), float(n), device=device) for n in {entry.steps for entry in group.entries}}
+        params = group.params
+        for entry in group.entries:
+            if entry.steps not in self.counts:  # one for all groups, until the next update
+                self.counts[entry.steps] = torch.full((), float(entry.steps), device=params[0].device)
         torch._fused_adamw_(
-            group.params,
+            params,
             group.grads,
             group.state("exp_avg"),
             group.state("exp_avg_sq"),
             [],
-            [steps[entry.steps] for entry in group.entries],
+            [self.counts[entry.steps] for entry in group.entries],
             lr=lr,
             beta1=self.options.betas[0],
             beta2=self.options.betas[1],

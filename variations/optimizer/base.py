@@ -44,7 +44,8 @@ class Entry:
     def grad(self) -> Tensor | None:
         """The gradient of the elements, contiguous."""
         grad = self.parameter.grad
-        return None if grad is None else self.take(grad).contiguous()
+        taken = None if grad is None else self.take(grad)
+        return taken if taken is None or taken.is_contiguous() else taken.contiguous()
 
     @property
     def shape(self) -> tuple[int, ...]:
