@@ -117,8 +117,9 @@ class GPT(nn.Module):
         if self.training:
             extra: list[Any] = [module.auxiliary_loss for module in self.observed.values()]
             added = [x for x in extra if x is not None]
-            self.auxiliary = torch.stack(added).sum() if added else None
-            loss = loss if self.auxiliary is None else loss + self.auxiliary
+            total = torch.stack(added).sum() if added else None
+            self.auxiliary = None if total is None else total.detach()
+            loss = loss if total is None else loss + total
         return logits, loss
 
     def compiled(self) -> Any:

@@ -150,7 +150,10 @@ def main() -> None:
     rounds, layers, sizes = (2, 3, SMALL) if given.quick else (given.rounds, 12, SIZES)
     told: dict[str, Any] = {}
     if given.only in (None, "step"):
-        told["training"] = steps(layers, 4, given.device, sizes, rounds)
+        for rows in (2,) if given.quick else (4, 16):
+            told[f"training, {rows * sizes['block_size']} tokens a step"] = steps(
+                layers, rows, given.device, sizes, rounds
+            )
     if given.only in (None, "decode"):
         told["decoding"] = decoding(layers, given.device, sizes, rounds)
     if given.only in (None, "compile"):

@@ -137,7 +137,7 @@ class Run:
             (loss * self.state.grad_scale if self.state.grad_scale != 1.0 else loss).backward()
             told = loss.detach()
             if (extra := self.plain.auxiliary) is not None:  # cross entropy alone compares with other models'
-                told = told - extra.detach() / train.gradient_accumulation_steps
+                told = told - extra / train.gradient_accumulation_steps
             total = told if total is None else total + told
         assert total is not None
         self.losses.append(total)

@@ -388,3 +388,16 @@ def test_a_step_that_overflows_is_left_out(root: Path, tmp_path: Path) -> None:
     run.save()
     again = runs.make(tmp_path, config, corpus)
     assert {entry.steps for m in again.optimizers.members.values() for g in m.groups for entry in g.entries} == {1}
+
+
+def test_experts_tell_their_load_and_the_loss_is_cross_entropy_alone(root: Path, tmp_path: Path) -> None:
+    moe = {"variant": "moe", "experts": 4, "width": 8, "load_balance": 100.0}
+    config, corpus = runs.read(root, model__mlp=moe, train__max_iters=3, train__log_interval=1)
+    run = runs.make(tmp_path / "run", config, corpus)
+    assert runs.drive(run) == "done"
+    records = [r for r in runs.records(tmp_path / "run") if r["kind"] == "train"]
+    assert [set(r["modules"]) for r in records] == [{f"h.{i}.mlp" for i in range(config.model.n_layer)}] * 3
+    shown = records[0]["modules"]["h.0.mlp"]
+    assert shown["load_max"] >= 0.25 >= shown["load_min"] and shown["dropped"] == 0
+    assert run.plain.auxiliary is not None and run.plain.auxiliary.item() > 50, "it was in what was trained"
+    assert all(r["train_loss"] < 10 for r in records), "and is not in what is told"

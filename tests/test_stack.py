@@ -33,6 +33,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "two kinds": {"n_layer": 4, "sites": {"even": {"match": "h.{0..1}.mlp.*", "linear": "pkl"}}},
     "alternating": {"n_layer": 4, "sites": {"odd": {"match": ["h.1.mlp", "h.3.mlp"], "mlp": "gated"}}},
     "one layer": {"n_layer": 1},
+    "experts": {"n_layer": 3, "mlp": {"variant": "moe", "experts": 4, "width": 8, "bias_rate": 0.01}},
+    "hybrid": {"n_layer": 4, "layer_pattern": ["mamba2", "causal"]},
+    "delta": {"n_layer": 3, "attention": "delta"},
 }
 RULES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -51,7 +54,7 @@ def node(name: str = "adamw", **options: Any) -> Any:
 
 
 def made(stacked: bool, model: str, rules: str = "none", optimizer: str = "adamw") -> tuple[GPT, list[Row], Optimizers]:
-    said = {name: read(SliceRule, rule) for name, rule in RULES[rules].items()}
+    said = {name: read(SliceRule, {**rule, "optional": True}) for name, rule in RULES[rules].items()}
     net, rows = assemble(config(**MODELS[model], stack_layers=stacked), said, node(optimizer))
     fill(net, rows, 3)
     return net, rows, Optimizers(net, rows)
@@ -117,7 +120,7 @@ def test_one_parameter_for_each_weight_and_kind_of_layer(model: str) -> None:
     net, _, _ = made(True, model)
     names = [name for name, _ in net.named_parameters() if name.startswith("h.")]
     kinds = {name.split("/")[0] for name in names}
-    assert len(kinds) == (2 if model in ("two kinds", "alternating") else 1)
+    assert len(kinds) == (2 if model in ("two kinds", "alternating", "hybrid") else 1)
     assert all(p.shape[0] == len(made(False, model)[0].h) / len(kinds) for n, p in net.named_parameters() if "/" in n)
     assert not any(list(block.parameters()) for block in net.h), "blocks own nothing"
     plain = {part.address: part.shape for part in slices(made(False, model)[0])}
@@ -228,3 +231,18 @@ def test_a_pattern_of_layers_chooses_their_attention() -> None:
     assert net.h[1].attn.q_norm is not None, "the options of model.attention"
     with pytest.raises(ValueError, match=r"layer_pattern: no variant 'casual'. Did you mean 'causal'"):
         make(layer_pattern=["casual"])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_optimizer_has_as_many_groups_as_there_are_settings(stacked: bool) -> None:
+    """24 layers of 64 experts: with equal settings, rows merge to whole weights; a rule adds its own group and no more."""
+    moe = {"variant": "moe", "experts": 64, "width": 8}
+    tree = {"n_layer": 24, "mlp": moe, "stack_layers": stacked, "bias": False, "norm": "rmsnorm", "n_kv_head": 4}
+    for rules, settings in (({}, 2), ({"gates": {"match": "h.*.mlp.gate_up[gate]", "lr_scale": 2.0}}, 3)):
+        said = {name: read(SliceRule, rule) for name, rule in rules.items()}
+        net, rows = assemble(config(**tree), said, node())
+        fill(net, rows, 1)
+        (member,) = Optimizers(net, rows).members.values()
+        assert len(member.groups) == settings == len({(r.learning_rate, r.settings.weight_decay) for r in rows})
+        if not rules:
+            assert sum(len(group.entries) for group in member.groups) == len(list(net.parameters()))

@@ -33,9 +33,9 @@ class AdamW(Optimizer):
     Options = AdamWOptions
     kinds = ("exp_avg", "exp_avg_sq")
 
-    def update_all(self, groups: Sequence[Group]) -> None:
+    def update_all(self, live: Sequence[tuple[Group, float]]) -> None:
         self.counts: dict[int, Tensor] = {}
-        super().update_all(groups)
+        super().update_all(live)
 
     def update(self, group: Group, lr: float) -> None:
         # The kernel under torch.optim.AdamW(fused=True), called without that class, whose first use imports the compiler (seconds).
@@ -46,8 +46,8 @@ class AdamW(Optimizer):
         torch._fused_adamw_(
             params,
             group.grads,
-            group.state("exp_avg"),
-            group.state("exp_avg_sq"),
+            group.states["exp_avg"],
+            group.states["exp_avg_sq"],
             [],
             [self.counts[entry.steps] for entry in group.entries],
             lr=lr,

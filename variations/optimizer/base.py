@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,13 +42,6 @@ class Entry:
         self.place = self.view if self.dense else torch.empty_like(self.view, memory_format=torch.contiguous_format)
 
     @property
-    def grad(self) -> Tensor | None:
-        """The gradient of the elements, contiguous."""
-        grad = self.parameter.grad
-        taken = None if grad is None else self.take(grad)
-        return taken if taken is None or taken.is_contiguous() else taken.contiguous()
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, of an entry that is one slice."""
         (part,) = self.covers
@@ -56,23 +50,31 @@ class Entry:
 
 @dataclass
 class Group:
-    """Entries that share settings. `learning_rate` is the peak, slice multipliers included, or that of one update."""
+    """Entries that share settings. `learning_rate` is the peak, slice multipliers included. Entries are not changed later."""
 
     entries: list[Entry]
     learning_rate: float
     weight_decay: float
 
-    @property
+    @cached_property
     def params(self) -> list[Tensor]:
         """What is updated, contiguous; fused kernels write wrong elements of strided views."""
         return [entry.place for entry in self.entries]
 
+    @cached_property
+    def states(self) -> dict[str, list[Tensor]]:
+        """State by kind, in the order of the entries."""
+        kinds = self.entries[0].state if self.entries else {}
+        return {kind: [entry.state[kind] for entry in self.entries] for kind in kinds}
+
     @property
     def grads(self) -> list[Tensor]:
-        return [grad for entry in self.entries if (grad := entry.grad) is not None]
-
-    def state(self, kind: str) -> list[Tensor]:
-        return [entry.state[kind] for entry in self.entries]
+        """The gradients of all entries, contiguous."""
+        made = []
+        for entry in self.entries:
+            grad = entry.take(entry.parameter.grad)  # type: ignore[arg-type]
+            made.append(grad if grad.is_contiguous() else grad.contiguous())
+        return made
 
 
 class Optimizer:
@@ -101,24 +103,25 @@ class Optimizer:
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One update with every learning rate multiplied by `factor`."""
-        live = []
+        live: list[tuple[Group, float]] = []
         for group in self.groups:
             entries = [entry for entry in group.entries if entry.parameter.grad is not None]
             for entry in entries:
                 entry.steps += 1
                 if not entry.dense:
                     entry.place.copy_(entry.view)
-            live += [Group(entries, group.learning_rate * factor, group.weight_decay)] if entries else []
+            whole = group if len(entries) == len(group.entries) else replace(group, entries=entries)
+            live += [(whole, group.learning_rate * factor)] if entries else []
         self.update_all(live)
-        for group in live:
+        for group, _ in live:
             for entry in group.entries:
                 if not entry.dense:
                     entry.view.copy_(entry.place)
 
-    def update_all(self, groups: Sequence[Group]) -> None:
-        """Moves the parameters of all groups, at the learning rates they have now."""
-        for group in groups:
-            self.update(group, group.learning_rate)
+    def update_all(self, live: Sequence[tuple[Group, float]]) -> None:
+        """Moves the parameters of groups, all of which have gradients, each at its learning rate."""
+        for group, lr in live:
+            self.update(group, lr)
 
     def update(self, group: Group, lr: float) -> None:
         """Moves `group.params` by `group.grads`."""

@@ -35,7 +35,7 @@ class Lion(Optimizer):
 
     def update(self, group: Group, lr: float) -> None:
         b1, b2 = self.options.betas
-        params, grads, momentum = group.params, group.grads, group.state("exp_avg")
+        params, grads, momentum = group.params, group.grads, group.states["exp_avg"]
         directions = torch._foreach_mul(momentum, b1)
         torch._foreach_add_(directions, grads, alpha=1 - b1)
         torch._foreach_sign_(directions)

@@ -63,24 +63,24 @@ class Muon(Optimizer):
     takes = ("matrix", "embedding")
     apart = True
 
-    def update_all(self, groups: Sequence[Group]) -> None:
+    def update_all(self, live: Sequence[tuple[Group, float]]) -> None:
         o: MuonOptions = self.options
         # By shape, every logical matrix of all groups: its place in its weight, its direction, its step.
         alike: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
-        for group in groups:
-            params, momentum, grads = group.params, group.state("momentum"), group.grads
+        for group, lr in live:
+            params, momentum, grads = group.params, group.states["momentum"], group.grads
             torch._foreach_lerp_(momentum, grads, 1 - o.momentum)
             directions = torch._foreach_lerp(grads, momentum, o.momentum) if o.nesterov else momentum
             if group.weight_decay:
-                torch._foreach_mul_(params, 1 - group.learning_rate * group.weight_decay)
+                torch._foreach_mul_(params, 1 - lr * group.weight_decay)
             for entry, weight, direction in zip(group.entries, params, directions, strict=True):
                 pairs = zip(*(self.matrices(entry, t) for t in (weight, direction)), strict=True)
                 for place, matrix in pairs:
-                    alike.setdefault(matrix.shape, []).append((place, matrix, group.learning_rate))
+                    alike.setdefault(matrix.shape, []).append((place, matrix, lr))
         for (rows, cols), same in alike.items():
             updates = orthogonalise(torch.stack([matrix for _, matrix, _ in same]), o.ns_steps).unbind(0)
-            for (place, _, lr), update in zip(same, updates, strict=True):
-                place.add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+            for (place, _, rate), update in zip(same, updates, strict=True):
+                place.add_(update, alpha=-rate * max(1.0, rows / cols) ** 0.5)
 
     def matrices(self, entry: Entry, tensor: Tensor) -> tuple[Tensor, ...]:
         """The logical matrices of an entry's tensor, as views."""

@@ -37,7 +37,7 @@ class SGD(Optimizer):
         torch._fused_sgd_(
             group.params,
             group.grads,
-            group.state("momentum_buffer"),
+            group.states["momentum_buffer"],
             weight_decay=group.weight_decay,
             momentum=self.options.momentum,
             lr=lr,
