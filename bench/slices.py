@@ -152,10 +152,10 @@ def optimizers(name: str, rules: Mapping[str, Any], sizes: Sizes, device: torch.
 
 def compare_optimizers(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     figures = {}
-    for name in ("adamw", "muon"):
+    for name, updates in (("adamw", sizes.updates), ("muon", max(1, sizes.updates // 10))):
         sides = {n: optimizers(name, r, sizes, device) for n, r in (("rules", RULES), ("none", {}))}
         acts = {n: partial(side.step, 1.0) for n, side in sides.items()}
-        figures[name] = compared(acts, sizes.rounds, sizes.updates, device)
+        figures[name] = compared(acts, sizes.rounds, updates, device)
     return figures
 
 
