@@ -100,7 +100,9 @@ def state_dict(case: Case) -> None:
         x = tokens(model, 2, 7)
         saved = {name: t.clone() for name, t in model.state_dict().items()}
         weights = {name for name, _ in model.named_parameters(remove_duplicate=False) if SLASH not in name}
-        weights |= {spelled(part.parameter, part.labels)[0] for part in slices(model)}  # of stacked layers each one's own
+        weights |= {
+            spelled(part.parameter, part.labels)[0] for part in slices(model)
+        }  # of stacked layers each one's own
         assert set(saved) == weights, "a buffer would let a checkpoint override the configuration"
         assert not bits(logits(model, x), logits(other, x))
         other.load_state_dict(saved)
