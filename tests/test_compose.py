@@ -151,7 +151,9 @@ def test_null_means_off_and_is_refused_where_a_field_cannot_be_off(desk: Desk) -
     assert desk.config("model: {norm: null}").model.norm.name == "none"
     told = desk.wrong("model: {n_layer: null, linear: null}\ntrain: null")
     assert told[0] == "model.n_layer: null (off) is not possible here (x.yaml:1). It takes an integer."
-    assert told[1].startswith("model.linear: null (off) is not possible here (x.yaml:1). Known: pkl, quantised, standard")
+    assert told[1].startswith(
+        "model.linear: null (off) is not possible here (x.yaml:1). Known: pkl, quantised, standard"
+    )
     assert told[2] == "train: null (off) is not possible here (x.yaml:2). It takes a mapping."
 
 
