@@ -47,6 +47,7 @@ class Stack(nn.ModuleList):
 
     def show(self) -> None:
         """Lets every block see its layer of each weight, as views of the parameters as they are now."""
+        self.gradients: dict[str, Tensor] = {}  # memory of the parameters' gradients, kept from step to step
         self.views = {name: self._parameters[name].detach().unbind(0) for name in self.members}  # type: ignore[union-attr]
         self._set(self.views)
 
@@ -58,7 +59,7 @@ class Stack(nn.ModuleList):
     def layers(self) -> Iterator[nn.Module]:
         """The blocks, which see views through which gradients flow while they are gone through."""
         if torch.is_grad_enabled():
-            self._set({name: self._parameters[name].unbind(0) for name in self.members})  # type: ignore[union-attr]
+            self._set({name: _Layers.apply(self._parameters[name], self.gradients, name) for name in self.members})
         yield from self
         if torch.is_grad_enabled():
             self._set(self.views)
@@ -100,6 +101,31 @@ def _span(layers: list[int]) -> str:
     """Layers in words that a parameter's name can have: 0-3, or 0,2,4."""
     whole = list(range(layers[0], layers[-1] + 1)) == layers
     return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ",".join(map(str, layers))
+
+
+class _Layers(torch.autograd.Function):
+    """The layers of a stacked parameter, as `unbind` gives them, whose gradients are gathered where they were the step before.
+
+    Autograd's own gradient of `unbind` is a new tensor of the parameter's size in each step, and getting that memory costs more
+    than filling it. So `grad` is set here, and added to as autograd would; a gradient is to be read before the next step begins.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradients: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+        ctx.parameter, ctx.gradients, ctx.name = parameter, gradients, name
+        return tuple(parameter.unbind(0))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        parameter, kept = ctx.parameter, ctx.gradients
+        if parameter.grad is None:
+            if ctx.name not in kept:
+                kept[ctx.name] = torch.empty_like(parameter)
+            parameter.grad = torch.stack(grads, out=kept[ctx.name])
+        else:
+            for i, grad in enumerate(grads):
+                parameter.grad[i].add_(grad)
+        return None, None, None
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------

@@ -185,6 +185,27 @@ def test_one_unbind_for_each_weight_and_no_gradient_of_full_size_for_each_layer(
     assert not any(name.startswith(("select_backward", "select_scatter")) for name in calls.names)
 
 
+def test_gradients_of_several_passes_add_up_and_a_new_step_begins_anew() -> None:
+    """The memory of a gradient is kept; its values are not, and a frozen stack has none."""
+    made_ = {stacked: made(stacked, "gpt2") for stacked in (False, True)}
+    told: dict[bool, list[torch.Tensor]] = {}
+    for stacked, (net, _, optimizers) in made_.items():
+        norms = []
+        for passes in (2, 1, 3):
+            optimizers.zero_grad()
+            for i in range(passes):
+                (losses(net) * (1 + i)).backward()
+            norms.append(torch.stack(optimizers.norms(lambda p: p.grad)))
+        told[stacked] = norms
+    assert all(torch.equal(a, b) for a, b in zip(told[False], told[True], strict=True))
+    net, _, _ = made_[True]
+    for name, parameter in net.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_("/attn/" not in name)
+    losses(net).backward()
+    assert all((p.grad is None) == ("/attn/" in name) for name, p in net.named_parameters())
+
+
 def test_a_copy_is_independent() -> None:
     net, _, _ = made(True, "gpt2")
     before = losses(net)
