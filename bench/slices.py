@@ -52,6 +52,9 @@ RULES: dict[str, Any] = {
     "written": {"match": ["h.*.attn.proj", "h.*.*.down"], "weight_decay": 0.05},
     "norms": {"match": ["h.*.ln_*", "ln_f"], "learning_rate": 3e-4},
 }
+# Without the rule by depth, which gives each layer a learning rate of its own and so makes many groups.
+LEVEL = {name: rule for name, rule in RULES.items() if name != "deep"}
+LEVEL["queries"] = {"match": "h.*.attn.qkv[q]", "lr_scale": 0.5}
 RANK, ALPHA = 8, 16.0
 
 
@@ -153,9 +156,12 @@ def optimizers(name: str, rules: Mapping[str, Any], sizes: Sizes, device: torch.
 def compare_optimizers(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     figures = {}
     for name, updates in (("adamw", sizes.updates), ("muon", max(1, sizes.updates // 10))):
-        sides = {n: optimizers(name, r, sizes, device) for n, r in (("rules", RULES), ("none", {}))}
-        acts = {n: partial(side.step, 1.0) for n, side in sides.items()}
-        figures[name] = compared(acts, sizes.rounds, updates, device)
+        for what, rules in (("", RULES), (", no rule by depth", LEVEL)):
+            sides = {n: optimizers(name, r, sizes, device) for n, r in (("rules", rules), ("none", {}))}
+            acts = {n: partial(side.step, 1.0) for n, side in sides.items()}
+            made = compared(acts, sizes.rounds, updates, device)
+            groups = {n: sum(len(m.groups) for m in side.members.values()) for n, side in sides.items()}
+            figures[f"{name}{what}"] = {**made, "groups": groups}
     return figures
 
 
