@@ -80,8 +80,13 @@ class Optimizers:
                 else:
                     runs += [(place, key, [part]) for place in places or ()]
             for (a, b), key, parts in _merged(sorted(runs, key=lambda run: run[0])):
-                take = _whole if b - a == parameter.numel() else partial(_flat, a, b)
-                yield key, Entry(parameter, take, tuple(parts))
+                width = parameter.numel() // len(parameter)
+                if b - a == parameter.numel():
+                    yield key, Entry(parameter, _whole, tuple(parts))
+                elif a % width or b % width:
+                    yield key, Entry(parameter, partial(_flat, a, b), tuple(parts))
+                else:
+                    yield key, Entry(parameter, partial(_rows, a // width, (b - a) // width), tuple(parts))
 
     def _held(self) -> Iterator[tuple[str, Entry]]:
         """Every entry with its optimizer's name."""
@@ -260,9 +265,12 @@ def _node_key(row: Row) -> Key:
 
 def _flat(start: int, stop: int, tensor: Tensor) -> Tensor:
     """Elements of a tensor in the order of its memory."""
-    if tensor.is_contiguous():  # one operation: a step takes hundreds of these
-        return tensor.as_strided((stop - start,), (1,), tensor.storage_offset() + start)
     return tensor.reshape(-1)[start:stop]
+
+
+def _rows(first: int, count: int, tensor: Tensor) -> Tensor:
+    """Whole rows of a tensor: one operation, of which a step takes hundreds."""
+    return tensor.narrow(0, first, count)
 
 
 def _whole(tensor: Tensor) -> Tensor:

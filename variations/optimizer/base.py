@@ -55,6 +55,7 @@ class Group:
     entries: list[Entry]
     learning_rate: float
     weight_decay: float
+    grads: list[Tensor] = field(default_factory=list)  # of all entries, contiguous, during an update
 
     @cached_property
     def params(self) -> list[Tensor]:
@@ -66,15 +67,6 @@ class Group:
         """State by kind, in the order of the entries."""
         kinds = self.entries[0].state if self.entries else {}
         return {kind: [entry.state[kind] for entry in self.entries] for kind in kinds}
-
-    @property
-    def grads(self) -> list[Tensor]:
-        """The gradients of all entries, contiguous."""
-        made = []
-        for entry in self.entries:
-            grad = entry.take(entry.parameter.grad)  # type: ignore[arg-type]
-            made.append(grad if grad.is_contiguous() else grad.contiguous())
-        return made
 
 
 class Optimizer:
@@ -105,15 +97,20 @@ class Optimizer:
         """One update with every learning rate multiplied by `factor`."""
         live: list[tuple[Group, float]] = []
         for group in self.groups:
-            entries = [entry for entry in group.entries if entry.parameter.grad is not None]
-            for entry in entries:
+            found = [entry.parameter.grad for entry in group.entries]
+            if any(grad is None for grad in found):
+                alive = [entry for entry, grad in zip(group.entries, found, strict=True) if grad is not None]
+                group, found = replace(group, entries=alive), [grad for grad in found if grad is not None]
+            taken = [entry.take(grad) for entry, grad in zip(group.entries, found, strict=True)]  # type: ignore[arg-type]
+            group.grads = [grad if grad.is_contiguous() else grad.contiguous() for grad in taken]
+            for entry in group.entries:
                 entry.steps += 1
                 if not entry.dense:
                     entry.place.copy_(entry.view)
-            whole = group if len(entries) == len(group.entries) else replace(group, entries=entries)
-            live += [(whole, group.learning_rate * factor)] if entries else []
+            live += [(group, group.learning_rate * factor)] if group.entries else []
         self.update_all(live)
         for group, _ in live:
+            group.grads = []  # not kept alive beside the next step's
             for entry in group.entries:
                 if not entry.dense:
                     entry.view.copy_(entry.place)
