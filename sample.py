@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +34,10 @@ def load(folder: Path, device: torch.device, plugins: bool) -> tuple[GPT, Tokeni
     saved = checkpoint.latest(folder / "checkpoint")
     if saved is None:
         raise ConfigError(f"{folder} has no checkpoint yet.")
-    model, rows = assemble(with_vocabulary(config, corpus.meta.vocab_size).model, config.slices, config.optimizer)
+    separate = replace(
+        with_vocabulary(config, corpus.meta.vocab_size).model, stack_layers=False
+    )  # the files are the same
+    model, rows = assemble(separate, config.slices, config.optimizer)
     fill(model, rows, 0, device)
     load_weights(model, saved.model())
     merge(model)  # adapters then cost nothing

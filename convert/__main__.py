@@ -37,8 +37,9 @@ def load(folder: Path) -> GPT:
     if not found:
         raise ConfigError(f"{folder} has no checkpoint yet.")
     saved = load_file(found[-1] / "model.safetensors")
-    vocabulary = replace(config.model, vocab_size=saved["wte.weight"].shape[-2])
-    model, rows = assemble(vocabulary, config.slices, config.optimizer)
+    # Stacked or not, files are the same; separate layers have the names that other tools know.
+    plain = replace(config.model, vocab_size=saved["wte.weight"].shape[-2], stack_layers=False)
+    model, rows = assemble(plain, config.slices, config.optimizer)
     fill(model, rows, 0)
     load_weights(model, saved)
     return model.eval()

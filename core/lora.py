@@ -207,7 +207,7 @@ def effective(linear: Any) -> Tensor:
         return weight
     made = weight.clone()
     for adapter in some:
-        new, start = adapter.merged(take(weight, adapter.ranges, -2)), 0
+        new, start = adapter.merged(take(made, adapter.ranges, -2)), 0  # another may have other experts of the same rows
         for a, b in adapter.ranges:
             made.narrow(-2, a, b - a).copy_(new.narrow(-2, start, b - a))
             start += b - a
@@ -237,7 +237,7 @@ def merge(model: nn.Module) -> list[str]:
             continue
         whole: Any = linear
         whole.absorb(effective(linear))
-        for name in [n for n, _ in linear.named_children() if n.partition("[")[0] == ADAPTER]:
+        for name in [n for n, _ in linear.named_children() if _is_name(n)]:
             gone.append(f"{path}{name.removeprefix(ADAPTER)}")
             delattr(linear, name)
         hooks = linear._forward_hooks

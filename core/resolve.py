@@ -33,8 +33,8 @@ class Hit:
 class Resolver:
     """Resolves rules over the slices of one model. What a pattern hits is looked up once.
 
-    optimizers, inits: the catalogue's classes. An optimizer's `roles` are those it takes by default (None: all), `takes` those it
-    can take when a rule names it; the others go to the optimizer in its option `rest`.
+    An optimizer of the catalogue has `roles`, those it takes by default (None: all), and `takes`, those it can take when a rule
+    names it; the others go to the optimizer in its option `rest`.
     """
 
     def __init__(self, listed: Sequence[Slice], catalogue: Catalogue) -> None:

@@ -77,7 +77,7 @@ class Settings:
     """What holds of a slice. `optimizer` has its betas; learning rate and weight decay are beside it, as slices differ in them.
 
     learning_rate: the peak, `lr_scale` not yet multiplied. init: None is the declaration's own. origins: by field, the rules
-    that made its value. lora_rule, lora_whole: which rule gave the adapter, and whether it is one for the whole weight.
+    that made its value. lora_whole: whether the adapter is one for the whole weight, since no bracket named parts.
     """
 
     optimizer: Variant

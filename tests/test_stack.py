@@ -14,10 +14,14 @@ import torch
 from models import MODERN, config, losses, make, read, tokens
 from safetensors.torch import load_file
 
+from convert.__main__ import main as convert
+from core.lora import merge
+from core.options import plain
 from core.rules import Row, SliceRule
 from core.slices import slices
 from core.stack import Stack
 from core.weights import load_weights, weights
+from core.yaml_files import dump
 from engine.loop import Run
 from engine.optim import Optimizers
 from model import GPT, assemble, fill
@@ -267,3 +271,29 @@ def test_an_optimizer_has_as_many_groups_as_there_are_settings(stacked: bool) ->
         assert len(member.groups) == settings == len({(r.learning_rate, r.settings.weight_decay) for r in rows})
         if not rules:
             assert sum(len(group.entries) for group in member.groups) == len(list(net.parameters()))
+
+
+def test_a_stacked_run_is_converted_under_each_layer_s_name(tmp_path: Path) -> None:
+    config, corpus = runs.read(runs.tiny_corpus(tmp_path / "data"), model__stack_layers=True, train__max_iters=2)
+    assert runs.drive(runs.make(tmp_path / "run", config, corpus)) == "done"
+    (tmp_path / "run/config.yaml").write_text(dump(plain(config)))
+    assert convert(["effective", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
+    names = set(load_file(tmp_path / "out.safetensors"))
+    assert "h.0.attn.qkv.weight" in names and not any("/" in name for name in names)
+
+
+def test_merging_takes_every_adapter_of_one_map_away() -> None:
+    """Two rules give two experts adapters of different rank at the same part."""
+    moe = {"variant": "moe", "experts": 4, "width": 8}
+    rules = {str(e): read(SliceRule, {"match": f"h.*.mlp.gate_up[{e}.gate]", "lora": {"rank": 1 + e}}) for e in (0, 1)}
+    net, rows = assemble(config(mlp=moe), rules, node())
+    fill(net, rows, 1)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_b" in name:
+                parameter.normal_(0.0, 0.3)
+    net.eval()
+    before = losses(net)
+    assert len(merge(net)) == 4 and not any("lora" in name for name in net.state_dict())
+    # A product of two matrices added once instead of beside: a few roundings of logits of order 1.
+    torch.testing.assert_close(losses(net), before, rtol=0, atol=1e-5)
