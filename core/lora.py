@@ -207,7 +207,8 @@ def effective(linear: Any) -> Tensor:
         return weight
     made = weight.clone()
     for adapter in some:
-        new, start = adapter.merged(take(made, adapter.ranges, -2)), 0  # another may have other experts of the same rows
+        # What is made so far, not the weight: another adapter may have other experts of the same rows.
+        new, start = adapter.merged(take(made, adapter.ranges, -2)), 0
         for a, b in adapter.ranges:
             made.narrow(-2, a, b - a).copy_(new.narrow(-2, start, b - a))
             start += b - a
