@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY))
 from bench.measure import alternate, machine, ratio, seconds, write  # noqa: E402
 from core.options import Reader  # noqa: E402
 from core.slices import initialise, materialise  # noqa: E402
-from engine.device import autocast, pick, synchronise  # noqa: E402
+from engine.device import autocast, claim, pick, synchronise  # noqa: E402
 from gpt_conf import ModelConfig  # noqa: E402
 from variations import CATALOGUE  # noqa: E402
 from variations.grouped import grouped_linear  # noqa: E402
@@ -150,6 +150,7 @@ def main() -> None:
     given = parser.parse_args()
     print(machine())
     device = pick(given.device)
+    claim(device)
     shapes = QUICK if given.quick else CUDA if device.type == "cuda" else CPU
     rounds = given.rounds or (3 if given.quick else 20)
     figures: dict[str, Any] = {"device": str(device), "threads": torch.get_num_threads(), "top_k": TOP_K}

@@ -21,6 +21,7 @@ import torch
 
 from bench.measure import alternate, ratio, seconds, write
 from core.options import Reader
+from engine.device import claim
 from engine.optim import Optimizers
 from gpt_conf import ModelConfig
 from model import GPT, assemble, fill
@@ -149,6 +150,7 @@ def main() -> None:
         return
     rounds, layers, sizes = (2, 3, SMALL) if given.quick else (given.rounds, 12, SIZES)
     told: dict[str, Any] = {}
+    claim(torch.device(given.device))
     if given.only in (None, "step"):
         for rows in (2,) if given.quick else (4, 16):
             told[f"training, {rows * sizes['block_size']} tokens a step"] = steps(

@@ -6,8 +6,9 @@ The blocks stay the modules they are, with their paths, buffers and hooks. Their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,22 +48,16 @@ class Stack(nn.ModuleList):
 
     def show(self) -> None:
         """Lets every block see its layer of each weight, as views of the parameters as they are now."""
-        self.gradients: dict[str, Tensor] = {}  # memory of the parameters' gradients, kept from step to step
-        self.views = {name: self._parameters[name].detach().unbind(0) for name in self.members}  # type: ignore[union-attr]
-        self._set(self.views)
-
-    def _set(self, views: Mapping[str, Sequence[Tensor]]) -> None:
+        self.gathered = {name: _Gradients(self._parameters[name]) for name in self.members}  # type: ignore[arg-type]
         for name, owners in self.members.items():
-            for (module, leaf), view in zip(owners, views[name], strict=True):
+            for (module, leaf), view in zip(owners, self.gathered[name].layers, strict=True):
                 module.__dict__[leaf] = view
 
     def layers(self) -> Iterator[nn.Module]:
-        """The blocks, which see views through which gradients flow while they are gone through."""
-        if torch.is_grad_enabled():
-            self._set({name: _Layers.apply(self._parameters[name], self.gradients, name) for name in self.members})
-        yield from self
-        if torch.is_grad_enabled():
-            self._set(self.views)
+        """The blocks, whose gradients are the stacked parameters' where these are to have one."""
+        for gathered in self.gathered.values():
+            gathered.follow()
+        return iter(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Stack:
         super()._apply(fn, recurse)  # to another device or dtype
@@ -103,29 +98,50 @@ def _span(layers: list[int]) -> str:
     return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ",".join(map(str, layers))
 
 
-class _Layers(torch.autograd.Function):
-    """The layers of a stacked parameter, as `unbind` gives them, whose gradients are gathered where they were the step before.
+class _Gradients:
+    """The layers of a stacked parameter as leaves of their own, and the parameter's gradient, made of theirs.
 
-    Autograd's own gradient of `unbind` is a new tensor of the parameter's size in each step, and getting that memory costs more
-    than filling it. So `grad` is set here, and added to as autograd would; a gradient is to be read before the next step begins.
+    Autograd's own gradient of `unbind` is made when that of the last layer has come: it holds all of them twice, and reads from
+    memory what has long left the caches. Here each is put in its place as it comes, into memory that is kept from step to step. A
+    gradient is added to as autograd would, and is to be read before the next step begins.
     """
 
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gradients: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
-        ctx.parameter, ctx.gradients, ctx.name = parameter, gradients, name
-        return tuple(parameter.unbind(0))
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.layers = [view.detach() for view in parameter.detach().unbind(0)]
+        self.kept: Tensor | None = None
+        self.unfilled: set[int] = set()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        parameter, kept = ctx.parameter, ctx.gradients
-        if parameter.grad is None:
-            if ctx.name not in kept:
-                kept[ctx.name] = torch.empty_like(parameter)
-            parameter.grad = torch.stack(grads, out=kept[ctx.name])
+    def follow(self) -> None:
+        """Trains the layers where the parameter trains."""
+        if self.layers[0].requires_grad == self.parameter.requires_grad:
+            return
+        for i, layer in enumerate(self.layers):
+            layer.requires_grad_(self.parameter.requires_grad)
+            if not layer._post_accumulate_grad_hooks:
+                layer.register_post_accumulate_grad_hook(partial(self._take, i))
+
+    def _take(self, i: int, layer: Tensor) -> None:
+        grad, layer.grad = layer.grad, None
+        assert grad is not None
+        if self.parameter.grad is None:
+            if self.kept is None:
+                self.kept = torch.empty_like(self.parameter)
+            self.parameter.grad = self.kept
+            self.unfilled = set(range(len(self.layers)))
+            torch.autograd.Variable._execution_engine.queue_callback(self._fill)
+        place = self.parameter.grad[i]
+        if i in self.unfilled:
+            self.unfilled.remove(i)
+            place.copy_(grad)
         else:
-            for i, grad in enumerate(grads):
-                parameter.grad[i].add_(grad)
-        return None, None, None
+            place.add_(grad)
+
+    def _fill(self) -> None:
+        """At the end of a backward pass: nothing was said of these layers."""
+        for i in self.unfilled:
+            self.parameter.grad[i].zero_()  # type: ignore[index]
+        self.unfilled = set()
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 import resource
 import subprocess
@@ -19,6 +20,7 @@ from core.yaml_files import ConfigError
 REPOSITORY = Path(__file__).resolve().parent.parent
 GROWTH = 2000  # steps; as torch's GradScaler
 LARGEST_SCALE = 2.0**24
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def pick(wanted: str, dtype: str = "float32") -> torch.device:
@@ -38,10 +40,18 @@ def pick(wanted: str, dtype: str = "float32") -> torch.device:
 
 
 def claim(device: torch.device) -> None:
-    """Makes a CUDA device the process's current one, so that nothing lands on another, and counts its peak memory anew."""
+    """Makes a CUDA device the process's current one, so that nothing lands on another, and counts its peak memory anew.
+
+    On a CPU, lets the process keep freed memory, as torch does on a GPU: a step asks for what the step before gave back, and the
+    system takes longer to give pages anew than a tensor's values take to be written.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
+    elif platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
