@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from variations.dropout import Dropout, set_step
 
 EVAL_SEED = 20240229  # the same windows for every run, so that losses compare
 SEEDS = 2**63  # torch's generators take seeds below it
+Ask = tuple[Any, ...]  # what a run asks for, and with what
 
 
 class Stopped(Exception):
@@ -216,21 +217,49 @@ class Run:
 
     def run(self, tracker: Tracker, say: Callable[[State, bool], None], stop: Callable[[], bool]) -> str:
         """Trains to the end. Returns 'done' or 'diverged'; raises Stopped after saving where it is."""
+        course, answer = self.course(tracker, say, stop), None
+        while True:
+            try:
+                ask = course.send(answer)
+            except StopIteration as end:
+                return str(end.value)
+            answer = self.answer(ask)
+
+    def answer(self, ask: Ask) -> Any:
+        """Does what the course asks for, alone, and counts the time."""
+        started = time.perf_counter()
+        made = getattr(self, ask[0])(*ask[1:])
+        self.count(ask[0], time.perf_counter() - started)
+        return made
+
+    def count(self, what: str, seconds: float) -> None:
+        """Notes the time of an update or an evaluation."""
+        self.state.seconds += seconds if what != "save" else 0.0
+        self.state.train_seconds += seconds if what == "update" else 0.0
+
+    def course(
+        self, tracker: Tracker, say: Callable[[State, bool], None], stop: Callable[[], bool]
+    ) -> Generator[Ask, Any, str]:
+        """The run as what it asks for: ('update',), ('evaluate', iters), which is answered with the loss, and ('save',).
+
+        Whoever goes through it does that, for this run alone or for many together. Ends with 'done' or 'diverged'; raises Stopped
+        after saving where it is.
+        """
         train, total, state = self.config.train, self.config.iterations, self.state
         every = train.checkpoint_interval or train.eval_interval
         self.model.train()
         for due in self.iterations(total):
-            started = time.perf_counter()
             if due:
-                self.update()
+                yield ("update",)
             stopping = stop()
-            bad = self.tell(tracker, started, due, stopping)
+            bad = self.tell(tracker, due, stopping)
             if bad is not None:
                 state.iter, state.val_loss = bad, None
                 tracker.log({"kind": "train", **self.position(), "train_loss": None})
                 return "diverged"
             if state.iter % train.eval_interval == 0 or state.iter == total:
-                if not self.measure(tracker, final=state.iter == total):
+                loss = yield ("evaluate", (state.iter == total and train.final_eval_iters) or train.eval_iters)
+                if not self.note(tracker, loss):
                     return "diverged"
                 say(state, True)
             elif due and state.iter % train.log_interval == 0:
@@ -238,10 +267,10 @@ class Run:
             if state.iter == total:
                 break
             if state.iter > 0 and (stopping or state.iter % every == 0):
-                self.save()
+                yield ("save",)
             if stopping:
                 raise Stopped
-        self.save()
+        yield ("save",)
         return "done"
 
     def iterations(self, total: int) -> Iterator[bool]:
@@ -251,9 +280,9 @@ class Run:
         while self.state.iter < total:
             yield True
 
-    def tell(self, tracker: Tracker, started: float, updated: bool, stopping: bool) -> int | None:
-        """Counts time and logs the training loss where it is due; the iteration of a loss that is not finite, if there was one."""
-        train, state = self.config.train, self.state
+    def tell(self, tracker: Tracker, updated: bool, stopping: bool) -> int | None:
+        """Logs the training loss where it is due; the iteration of a loss that is not finite, if there was one."""
+        train, state, started = self.config.train, self.state, time.perf_counter()
         logging = updated and state.iter % train.log_interval == 0
         pausing = stopping or state.iter in (0, self.config.iterations) or any(
             n and state.iter % n == 0 for n in (train.eval_interval, train.checkpoint_interval)
@@ -261,9 +290,7 @@ class Run:
         bad = self.flush() if logging or pausing or self.device.type == "cpu" else None
         if logging or pausing:
             synchronise(self.device)
-        elapsed = time.perf_counter() - started
-        state.seconds += elapsed
-        state.train_seconds += elapsed
+        self.count("update", time.perf_counter() - started)
         if bad is None and logging:
             record = {"kind": "train", **self.position(), "train_loss": sum(state.pending) / len(state.pending)}
             record["learning_rate"] = self.config.optimizer.options.learning_rate * self.schedule.multiplier(
@@ -284,11 +311,9 @@ class Run:
         each = zip(self.optimizers.trained, *measured.tolist(), strict=True)
         return {row.slice.address: dict(zip(names, values, strict=True)) for row, *values in each}
 
-    def measure(self, tracker: Tracker, final: bool) -> bool:
-        """Evaluates and logs; False where the loss is not finite."""
-        train, state, started = self.config.train, self.state, time.perf_counter()
-        loss = self.evaluate((train.final_eval_iters if final else None) or train.eval_iters)
-        state.seconds += time.perf_counter() - started
+    def note(self, tracker: Tracker, loss: float) -> bool:
+        """Logs an evaluation; False where the loss is not finite."""
+        state = self.state
         state.evaluated = state.iter
         tracker.log({"kind": "eval", **self.position(), "val_loss": loss})
         if not math.isfinite(loss):

@@ -237,14 +237,14 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(root: Path, tmp_path: Pat
     val[40] = unseen
     object.__setattr__(corpus, "val", val)
     run = runs.make(tmp_path, config, corpus)
-    measure = run.measure
+    evaluate = run.evaluate
 
-    def poisoned(tracker: Any, final: bool) -> bool:
+    def poisoned(iters: int | str) -> float:
         if run.state.iter:
             poison(run, "wte.weight", unseen)
-        return measure(tracker, final)
+        return evaluate(iters)
 
-    run.measure = poisoned  # type: ignore[method-assign]
+    run.evaluate = poisoned  # type: ignore[method-assign]
     assert runs.drive(run) == "diverged"
     result = run.result()
     json.dumps(result, allow_nan=False)
