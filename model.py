@@ -113,14 +113,18 @@ class GPT(nn.Module):
             cache.offset += tokens.shape[1]
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = cross_entropy(logits, targets)
         if self.training:
-            extra: list[Any] = [module.auxiliary_loss for module in self.observed.values()]
-            added = [x for x in extra if x is not None]
-            total = torch.stack(added).sum() if added else None
+            total = self.added()
             self.auxiliary = None if total is None else total.detach()
             loss = loss if total is None else loss + total
         return logits, loss
+
+    def added(self) -> Tensor | None:
+        """What modules add to the loss of the last forward pass; of each run, where several are folded."""
+        found: list[Any] = [module.auxiliary_loss for module in self.observed.values()]
+        some = [x for x in found if x is not None]
+        return torch.stack(some).sum(0) if some else None
 
     def compiled(self) -> Any:
         """The model compiled; of stacked layers each block, so that blocks that are alike are compiled once."""
@@ -151,6 +155,11 @@ class GPT(nn.Module):
         weights = sum(m.in_features * m.out_features for m in below if isinstance(m, Linear))
         mixers = sum(m.flops_per_token(self.config.block_size) for m in below if hasattr(m, "flops_per_token"))
         return 6 * weights + 3 * mixers
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [B, T, V] and targets [B, T] -> the mean over all tokens, in nats."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def _told(node: Variant) -> str:

@@ -141,7 +141,12 @@ class Run:
                 told = told - extra / train.gradient_accumulation_steps
             total = told if total is None else total + told
         assert total is not None
-        self.losses.append(total)
+        self.finish(total)
+
+    def finish(self, loss: Tensor) -> None:
+        """The rest of an update, when the gradients and the training loss of all micro-batches are there."""
+        i = self.state.iter
+        self.losses.append(loss)
         if self.clip():
             every = self.config.tracking.slice_interval
             watching = every is not None and (i + 1) % every == 0
@@ -198,20 +203,25 @@ class Run:
     @torch.no_grad()
     def evaluate(self, iters: int | str) -> float:
         """Mean cross entropy in nats per token over fixed windows of the validation split: `iters` batches, or all of it."""
-        train, block = self.config.train, self.config.model.block_size
-        count = None if iters == "full" else int(iters) * train.eval_batch_size
-        starts = windows(self.corpus.val, block_size=block, count=count, seed=EVAL_SEED)
         torch.manual_seed(EVAL_SEED)  # for variations that draw
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(starts), train.eval_batch_size):
-            chosen = starts[first : first + train.eval_batch_size]
-            x, y = (move(t, self.device) for t in gather(self.corpus.val, chosen, block))
-            with autocast(self.device, train.dtype):
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in self.evaluated(iters):
+            x, y = (move(t, self.device) for t in batch)
+            with autocast(self.device, self.config.train.dtype):
                 _, loss = self.model(x, y)
-            total += loss.double() * len(chosen)
+            total += loss.double() * len(x)
+            count += len(x)
         self.model.train()
-        return float(total.item() / len(starts))
+        return float(total.item() / count)
+
+    def evaluated(self, iters: int | str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an evaluation: the same for every run."""
+        size, block = self.config.train.eval_batch_size, self.config.model.block_size
+        count = None if iters == "full" else int(iters) * size
+        starts = windows(self.corpus.val, block_size=block, count=count, seed=EVAL_SEED)
+        for first in range(0, len(starts), size):
+            yield gather(self.corpus.val, starts[first : first + size], block)
 
     # The whole run ----------------------------------------------------------------------------------------------------------
 

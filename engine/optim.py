@@ -163,6 +163,10 @@ class Optimizers:
             known[row.slice.address] = len(known)
         return made
 
+    def settle(self) -> None:
+        """Follows parameters whose data has moved."""
+        self.load(self.state())
+
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Continues from what `state` gave, also where rules have changed since.
 

@@ -69,6 +69,7 @@ class MoE(nn.Module):
     """
 
     Options = MoEOptions
+    separately = "tokens are sorted by expert, and the losses are means over a batch"  # in a fold of runs
     router: Any
     down: Any
     balance: Tensor

@@ -1,0 +1,146 @@
+"""Runs folded into one model: parameters [R, ...], activations [R * B, ...] of R runs one after another.
+
+A module's code stays what it is for one run: its parameters and knobs are replaced by `Folded` tensors. Modules whose computation
+mixes the rows of a batch say so (`separately`) and compute one run after another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.folded import Batch, Folded
+
+
+class Fold:
+    """Models of one kind, folded: `self.model(x)` computes all of them for activations of their rows one after another.
+
+    Each model keeps its own parameters and buffers as views of the folded ones; of what is frozen and the same in all of them
+    there is one. Where shapes differ (adapters of several ranks) the smaller are filled up with zeros.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], exact: bool = True) -> None:
+        self.batch = Batch(len(models), exact)
+        self.models = list(models)
+        self.stacks: dict[str, nn.Parameter] = {}  # by the first name of what trains
+        self.knobs: dict[str, Tensor] = {}  # by name: buffers of every run
+        self.sizes = sizes(models)
+        with torch.no_grad():
+            self.model = copy.deepcopy(models[0])
+            self._parameters()
+            self._buffers()
+        for path, module in self.model.named_modules():
+            if getattr(module, "separately", None):
+                own = [model.get_submodule(path) for model in models]
+                module.forward = partial(_separately, module, own, self.batch)
+
+    def _parameters(self) -> None:
+        known: dict[int, Any] = {}
+        for path, module in self.model.named_modules():
+            for name, first in [(n, p) for n, p in module._parameters.items() if p is not None]:
+                owners = [m.get_submodule(path) for m in self.models]
+                if id(first) not in known:
+                    every = [owner._parameters[name] for owner in owners]
+                    known[id(first)] = self._fold(f"{path}.{name}", every)
+                made = known[id(first)]
+                if isinstance(made, Folded):
+                    del module._parameters[name]
+                    module.__dict__[name] = made
+                else:
+                    module._parameters[name] = made
+
+    def _fold(self, name: str, every: Sequence[Any]) -> Any:
+        """One folded parameter, or the one that all runs share."""
+        alike = not any(p.requires_grad for p in every) and all(torch.equal(p, every[0]) for p in every)
+        if alike:
+            for p in every:
+                p.data = every[0].data
+            return every[0]
+        stack = nn.Parameter(_stacked(every), requires_grad=any(p.requires_grad for p in every))
+        for p, mine in zip(every, stack.data, strict=True):
+            p.data = _part(mine, p.shape)
+        self.stacks[name] = stack
+        return Folded(stack, self.batch)
+
+    def _buffers(self) -> None:
+        known: dict[int, Any] = {}
+        for path, module in self.model.named_modules():
+            for name, first in [(n, b) for n, b in module._buffers.items() if b is not None]:
+                owners = [m.get_submodule(path) for m in self.models]
+                every = [owner._buffers[name] for owner in owners]
+                fixed = first.dim() > 0 and name in module._non_persistent_buffers_set
+                if fixed and all(torch.equal(b, first) for b in every):  # type: ignore[arg-type]
+                    continue
+                if id(first) not in known:
+                    known[id(first)] = self.knobs[f"{path}.{name}"] = torch.stack(every)  # type: ignore[arg-type]
+                stack = known[id(first)]
+                for owner, mine in zip(owners, stack, strict=True):
+                    owner._buffers[name] = mine
+                del module._buffers[name]
+                module.__dict__[name] = Folded(stack, self.batch)
+
+    def __call__(self, tokens: Tensor) -> Any:
+        """What the model gives for tokens [R * B, T]."""
+        self.batch.rows = len(tokens)
+        assert fits(self.sizes, *tokens.shape), "the batch's size is also that of something else"
+        return self.model(tokens)
+
+    def gradients(self) -> None:
+        """Lets each model's parameters have their part of the gradients."""
+        for name, stack in self.stacks.items():
+            path, _, leaf = name.rpartition(".")
+            for r, model in enumerate(self.models):
+                p = model.get_submodule(path)._parameters[leaf]
+                assert p is not None
+                p.grad = None if stack.grad is None or not p.requires_grad else _part(stack.grad[r], p.shape)
+
+
+def sizes(models: Sequence[nn.Module]) -> set[int]:
+    """Every dimension of every parameter and buffer."""
+    return {n for model in models for t in (*model.parameters(), *model.buffers()) for n in t.shape}
+
+
+def fits(known: Collection[int], rows: int, time: int) -> bool:
+    """Whether activations of all runs, of tokens [rows, time], can be told from everything else by their first size."""
+    return all(size % rows for size in (*known, time) if size)
+
+
+def _stacked(every: Sequence[Tensor]) -> Tensor:
+    """[R, ...] of tensors, zeros where one is smaller than the largest."""
+    shape = [max(sizes) for sizes in zip(*(p.shape for p in every), strict=True)]
+    made = every[0].new_zeros(len(every), *shape)
+    for mine, p in zip(made, every, strict=True):
+        _part(mine, p.shape).copy_(p)
+    return made
+
+
+def _part(whole: Tensor, shape: torch.Size) -> Tensor:
+    """The first rows, columns, ... of a tensor."""
+    return whole if whole.shape == shape else whole[tuple(slice(0, n) for n in shape)]
+
+
+def _separately(module: Any, own: Sequence[Any], batch: Batch, *args: Any) -> Any:
+    """A module's forward, one run after another, with each run's own tensors in place. What it measured goes to `own`, theirs."""
+    places = [(m, n, v) for m in module.modules() for n, v in vars(m).items() if isinstance(v, Folded)]
+    parts = [v.t.unbind(0) for _, _, v in places]
+    given = [x.unflatten(0, (batch.runs, -1)).unbind(0) if batch.of(x) else (x,) * batch.runs for x in args]
+    made: list[Tensor] = []
+    noted: list[Any] = []
+    try:
+        for r in range(batch.runs):
+            for (owner, name, _), part in zip(places, parts, strict=True):
+                owner.__dict__[name] = part[r]
+            made.append(type(module).forward(module, *(x[r] for x in given)))
+            noted.append(getattr(module, "auxiliary_loss", None))
+            own[r].statistics = getattr(module, "statistics", {})
+    finally:
+        for owner, name, value in places:
+            owner.__dict__[name] = value
+    if noted[0] is not None:
+        module.auxiliary_loss = torch.stack(noted)
+    return torch.cat(made)
