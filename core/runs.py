@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.folded import Batch, Folded
+from core.stack import Stack
 
 
 class Fold:
@@ -34,6 +35,9 @@ class Fold:
             self.model = copy.deepcopy(models[0])
             self._parameters()
             self._buffers()
+        for module in (m for model in models for m in model.modules()):
+            if isinstance(module, Stack):
+                module.show()
         for path, module in self.model.named_modules():
             if getattr(module, "separately", None):
                 own = [model.get_submodule(path) for model in models]

@@ -6,7 +6,7 @@ The blocks stay the modules they are, with their paths, buffers and hooks. Their
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,15 +49,21 @@ class Stack(nn.ModuleList):
     def show(self) -> None:
         """Lets every block see its layer of each weight, as views of the parameters as they are now."""
         self.gathered = {name: _Gradients(self._parameters[name]) for name in self.members}  # type: ignore[arg-type]
-        for name, owners in self.members.items():
-            for (module, leaf), view in zip(owners, self.gathered[name].layers, strict=True):
-                module.__dict__[leaf] = view
+        for name, gathered in self.gathered.items():
+            self._set(name, gathered.layers)
 
     def layers(self) -> Iterator[nn.Module]:
         """The blocks, whose gradients are the stacked parameters' where these are to have one."""
-        for gathered in self.gathered.values():
-            gathered.follow()
+        for name, gathered in self.gathered.items():
+            if name in vars(self):  # of several runs at once
+                self._set(name, vars(self)[name].unbind(0))
+            else:
+                gathered.follow()
         return iter(self)
+
+    def _set(self, name: str, views: Iterable[Any]) -> None:
+        for (module, leaf), view in zip(self.members[name], views, strict=True):
+            module.__dict__[leaf] = view
 
     def _apply(self, fn: Any, recurse: bool = True) -> Stack:
         super()._apply(fn, recurse)  # to another device or dtype
