@@ -28,6 +28,7 @@ class Fold:
     def __init__(self, models: Sequence[nn.Module], exact: bool = True) -> None:
         self.batch = Batch(len(models), exact)
         self.models = list(models)
+        self.model: Any = None
         self.stacks: dict[str, nn.Parameter] = {}  # by the first name of what trains
         self.knobs: dict[str, Tensor] = {}  # by name: buffers of every run
         self.sizes = sizes(models)
@@ -67,7 +68,7 @@ class Fold:
             return every[0]
         stack = nn.Parameter(_stacked(every), requires_grad=any(p.requires_grad for p in every))
         for p, mine in zip(every, stack.data, strict=True):
-            p.data = _part(mine, p.shape)
+            p.data = part(mine, p.shape)
         self.stacks[name] = stack
         return Folded(stack, self.batch)
 
@@ -101,7 +102,7 @@ class Fold:
             for r, model in enumerate(self.models):
                 p = model.get_submodule(path)._parameters[leaf]
                 assert p is not None
-                p.grad = None if stack.grad is None or not p.requires_grad else _part(stack.grad[r], p.shape)
+                p.grad = None if stack.grad is None or not p.requires_grad else part(stack.grad[r], p.shape)
 
 
 def sizes(models: Sequence[nn.Module]) -> set[int]:
@@ -119,11 +120,11 @@ def _stacked(every: Sequence[Tensor]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(p.shape for p in every), strict=True)]
     made = every[0].new_zeros(len(every), *shape)
     for mine, p in zip(made, every, strict=True):
-        _part(mine, p.shape).copy_(p)
+        part(mine, p.shape).copy_(p)
     return made
 
 
-def _part(whole: Tensor, shape: torch.Size) -> Tensor:
+def part(whole: Tensor, shape: torch.Size) -> Tensor:
     """The first rows, columns, ... of a tensor."""
     return whole if whole.shape == shape else whole[tuple(slice(0, n) for n in shape)]
 

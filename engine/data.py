@@ -125,7 +125,11 @@ class Batches:
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
         """Inputs x and targets y, int64 `[B, T]`, of micro-batch `index`, counted from 0; y is x one token later."""
-        return _split(self._windows[self.starts(index)])
+        return self.at(self.starts(index))
+
+    def at(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the windows that begin at `starts` `[n]`."""
+        return _split(self._windows[starts])
 
     def starts(self, index: int) -> np.ndarray:
         """Where the windows of a micro-batch begin, int64 `[B]`."""

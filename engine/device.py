@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,36 @@ def synchronise(device: torch.device) -> None:
     """Waits for queued CUDA work, so that a clock read afterwards counts it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Replay:
+    """A computation on tensors that stay where they are. On CUDA it is captured as a graph after some calls, and then replayed.
+
+    It may not read anything on the host.
+    """
+
+    WARM = 3  # calls before the capture, in which kernels are chosen and memory is found
+
+    def __init__(self, act: Callable[[], None], device: torch.device) -> None:
+        self.act, self.device, self.calls = act, device, 0
+        self.graph: Any = None
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.stream is None:
+            self.act()
+        elif self.calls <= self.WARM:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self.act()
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.act()  # is not carried out
+            self.graph.replay()
 
 
 def _git(*words: str) -> str | None:

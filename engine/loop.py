@@ -84,8 +84,9 @@ class Run:
         self.batches = Batches(corpus.train, **size, seed=data_seed)
         self.state = State(threads=torch.get_num_threads(), grad_scale=first_scale(config.train.dtype))
         self.dropping = any(isinstance(m, Dropout) and m.on for m in self.plain.modules())
-        self.losses: list[Tensor] = []
-        self.grad_norm: Tensor | None = None
+        self.losses: list[Any] = []  # tensors, or numbers where others have read them from the device
+        self.fetch: Callable[[], None] | None = None  # what does that, before losses are looked at
+        self.grad_norm: Any = None
         self.slice_norms: list[Tensor] = []  # of the gradient, by trained slice
         self.telemetry: Tensor | None = None  # [3, trained slices] of the last update that was watched
         self.resume()
@@ -141,12 +142,13 @@ class Run:
                 told = told - extra / train.gradient_accumulation_steps
             total = told if total is None else total + told
         assert total is not None
-        self.finish(total)
+        self.losses.append(total)
+        self.state.iter += 1
+        self.step()
 
-    def finish(self, loss: Tensor) -> None:
-        """The rest of an update, when the gradients and the training loss of all micro-batches are there."""
-        i = self.state.iter
-        self.losses.append(loss)
+    def step(self) -> None:
+        """The rest of an update, when the gradients of all micro-batches are there."""
+        i = self.state.iter - 1
         if self.clip():
             every = self.config.tracking.slice_interval
             watching = every is not None and (i + 1) % every == 0
@@ -155,7 +157,6 @@ class Run:
             self.state.steps += 1
             if watching:
                 self.watch(before)
-        self.state.iter += 1
 
     @torch.no_grad()
     def watch(self, before: list[Tensor]) -> None:
@@ -188,7 +189,10 @@ class Run:
 
     def flush(self) -> int | None:
         """Moves losses from the device to the state; the iteration of the first that is not finite, if any."""
-        values = torch.stack(self.losses).tolist() if self.losses else []
+        if self.fetch is not None:
+            self.fetch()
+        on_device = bool(self.losses) and isinstance(self.losses[0], Tensor)
+        values = torch.stack(self.losses).tolist() if on_device else self.losses
         first, self.losses = self.state.iter - len(values) + 1, []
         for i, value in enumerate(values):
             if not math.isfinite(value):
@@ -294,11 +298,9 @@ class Run:
         """Logs the training loss where it is due; the iteration of a loss that is not finite, if there was one."""
         train, state, started = self.config.train, self.state, time.perf_counter()
         logging = updated and state.iter % train.log_interval == 0
-        pausing = stopping or state.iter in (0, self.config.iterations) or any(
-            n and state.iter % n == 0 for n in (train.eval_interval, train.checkpoint_interval)
-        )  # fmt: skip
-        bad = self.flush() if logging or pausing or self.device.type == "cpu" else None
-        if logging or pausing:
+        looking = stopping or self.looks()
+        bad = self.flush() if looking or self.device.type == "cpu" else None
+        if looking:
             synchronise(self.device)
         self.count("update", time.perf_counter() - started)
         if bad is None and logging:
@@ -314,6 +316,12 @@ class Run:
             tracker.log({"kind": "slices", **self.position(), "slices": self.told_slices(self.telemetry)})
             self.telemetry = None
         return bad
+
+    def looks(self) -> bool:
+        """Whether losses are read from the device at this iteration."""
+        train, i = self.config.train, self.state.iter
+        every = (train.log_interval, train.eval_interval, train.checkpoint_interval)
+        return i in (0, self.config.iterations) or any(n and i % n == 0 for n in every)
 
     def told_slices(self, measured: Tensor) -> dict[str, dict[str, float]]:
         """By address, what `watch` measured."""

@@ -48,7 +48,12 @@ class Optimizers:
         """Makes entries and groups. `steps`: by address, updates that a slice has had; slices with other counts stay apart."""
         chosen: dict[Key, dict[tuple[float, float], Group]] = {}
         nodes: dict[Key, Variant] = {}
-        for key, entry in self._entries(steps):
+
+        def settings(row: Row) -> Key:
+            count = steps.get(row.slice.address, 0)
+            return (_node_key(row), row.learning_rate, row.settings.weight_decay, count)
+
+        for key, entry in self._entries(settings):
             node, rate, decay, entry.steps = key
             group = chosen.setdefault(node, {}).setdefault((rate, decay), Group([], rate, decay))
             group.entries.append(entry)
@@ -58,12 +63,16 @@ class Optimizers:
         for name, groups in chosen.items():
             node_of = nodes[name]
             self.members[name] = OPTIMIZERS[node_of.name](node_of.options, list(groups.values()))
-        covered = sum(entry.view.numel() for _, entry in self._held())
+        covered = sum(entry.view.numel() for _, entry in self.held())
         assert covered == sum(row.slice.numel for row in self.trained), "every trained element is in exactly one entry"
 
-    def _entries(self, steps: Mapping[str, int]) -> Iterator[tuple[Key, Entry]]:
-        """Every entry with its settings: neighbouring rows of a parameter with equal settings are one, unless the optimizer takes
-        each slice as a matrix."""
+    def entries(self, key_of_row: Callable[[Row], Any]) -> list[Entry]:
+        """Entries as fine as slices differ in a key."""
+        return [entry for _, entry in self._entries(key_of_row)]
+
+    def _entries(self, key_of_row: Callable[[Row], Any]) -> Iterator[tuple[Any, Entry]]:
+        """Every entry with its key: neighbouring rows of a parameter with equal keys are one, unless the optimizer takes each
+        slice as a matrix."""
         by_parameter: dict[str, list[Row]] = {}
         for row in self.trained:
             by_parameter.setdefault(row.slice.parameter, []).append(row)
@@ -72,7 +81,7 @@ class Optimizers:
             runs: list[tuple[Range, Key, list[Slice]]] = []
             for row in rows:
                 part, node = row.slice, row.settings.optimizer
-                key = (_node_key(row), row.learning_rate, row.settings.weight_decay, steps.get(part.address, 0))
+                key = key_of_row(row)
                 places = part.declaration.layout.runs(parameter.shape, part.labels)
                 alone = places is None or any((b - a) % LINE for a, b in places[:-1])
                 if OPTIMIZERS[node.name].apart or alone:  # type: ignore[attr-defined]
@@ -88,7 +97,7 @@ class Optimizers:
                 else:
                     yield key, Entry(parameter, partial(_rows, a // width, (b - a) // width), tuple(parts))
 
-    def _held(self) -> Iterator[tuple[str, Entry]]:
+    def held(self) -> Iterator[tuple[str, Entry]]:
         """Every entry with its optimizer's name."""
         for key, member in self.members.items():
             for group in member.groups:
@@ -134,7 +143,7 @@ class Optimizers:
         orders = self._orders()
         for name in self.parameters:
             made[f"steps/{name}"] = torch.full((len(orders[name]),), NOT_HELD)
-        for optimizer, entry in self._held():
+        for optimizer, entry in self.held():
             name = entry.covers[0].parameter
             counts = made.setdefault(f"{optimizer}.steps/{name}", torch.full((len(orders[name]),), NOT_HELD))
             for part in entry.covers:
@@ -199,7 +208,7 @@ class Optimizers:
             head, _, name = key.partition("/")
             optimizer, _, kind = head.partition(".")
             known.setdefault((optimizer, name), {})[kind] = tensor
-        for optimizer, entry in self._held():
+        for optimizer, entry in self.held():
             if entry.steps:
                 part = entry.covers[0]
                 own, whole = (known.get((optimizer, name), {}) for name in (part.address, part.parameter))

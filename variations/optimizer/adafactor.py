@@ -16,11 +16,13 @@ from variations.optimizer.base import Entry, Group, Optimizer, OptimizerOptions
 class AdafactorOptions(OptimizerOptions):
     """Options of Adafactor."""
 
-    learning_rate: float = opt(1e-2, "Peak learning rate, relative to the root mean square of each slice.", ge=0.0)
-    weight_decay: float = opt(0.0, "Decoupled weight decay of matrices and embeddings.", ge=0.0)
+    learning_rate: float = opt(
+        1e-2, "Peak learning rate, relative to the root mean square of each slice.", ge=0.0, knob=True
+    )
+    weight_decay: float = opt(0.0, "Decoupled weight decay of matrices and embeddings.", ge=0.0, knob=True)
     beta2_decay: float = opt(-0.8, "The second moment's decay after t steps is 1 - t^beta2_decay.", lt=0.0)
     clip: float = opt(1.0, "Largest root mean square of an update.", gt=0.0)
-    eps: float = opt(1e-3, "Smallest root mean square that a slice counts as.", gt=0.0)
+    eps: float = opt(1e-3, "Smallest root mean square that a slice counts as.", gt=0.0, knob=True)
 
 
 class Adafactor(Optimizer):
@@ -31,6 +33,7 @@ class Adafactor(Optimizer):
 
     Options = AdafactorOptions
     apart = True
+    solo = "adafactor's step is torch's own, for one model"
 
     def fresh(self, entry: Entry) -> dict[str, Tensor]:
         shape = entry.shape

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from core.options import Invalid, opt
-from variations.optimizer.base import Group, Optimizer, OptimizerOptions
+from variations.optimizer.base import Group, Optimizer, OptimizerOptions, Settings
 
 
 @dataclass(frozen=True)
 class AdamWOptions(OptimizerOptions):
     """Options of AdamW."""
 
-    betas: tuple[float, ...] = opt((0.9, 0.99), "Decay of the first and the second moment.", ge=0.0, lt=1.0)
-    eps: float = opt(1e-8, "Added to the root of the second moment.", gt=0.0)
+    betas: tuple[float, ...] = opt((0.9, 0.99), "Decay of the first and the second moment.", ge=0.0, lt=1.0, knob=True)
+    eps: float = opt(1e-8, "Added to the root of the second moment.", gt=0.0, knob=True)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
@@ -32,6 +32,16 @@ class AdamW(Optimizer):
 
     Options = AdamWOptions
     kinds = ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def formula(  # type: ignore[override]
+        s: Settings, w: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        b1, b2 = s.betas
+        m, v = exp_avg.lerp(g, 1 - b1), exp_avg_sq * b2 + g.square() * (1 - b2)
+        size = (v / (1 - b2**s.steps)).sqrt() + s.eps
+        w = w * (1 - s.learning_rate * s.weight_decay) - s.learning_rate / (1 - b1**s.steps) * m / size
+        return w, {"exp_avg": m, "exp_avg_sq": v}
 
     def update_all(self, live: Sequence[tuple[Group, float]]) -> None:
         self.counts: dict[int, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,8 @@ from core.slices import Slice
 class OptimizerOptions:
     """Shared by all optimizers."""
 
-    learning_rate: float = opt(1e-3, "Peak learning rate.", ge=0.0)
-    weight_decay: float = opt(0.1, "Weight decay of matrices and embeddings (vectors have none).", ge=0.0)
+    learning_rate: float = opt(1e-3, "Peak learning rate.", ge=0.0, knob=True)
+    weight_decay: float = opt(0.1, "Weight decay of matrices and embeddings (vectors have none).", ge=0.0, knob=True)
 
 
 @dataclass
@@ -69,12 +69,28 @@ class Group:
         return {kind: [entry.state[kind] for entry in self.entries] for kind in kinds}
 
 
+class Settings:
+    """What `formula` is given beside tensors: numbers of every run [R, 1, ...], which `betas` and the like are lists of.
+
+    steps: updates, this one included. entry: which elements these are. Other options are those of the first run.
+    """
+
+    def __init__(self, steps: Tensor, numbers: Mapping[str, Tensor], options: Any, entry: Entry) -> None:
+        self.steps, self.numbers, self.options, self.entry = steps, numbers, options, entry
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.numbers:
+            return self.numbers[name]
+        several = [value for key, value in self.numbers.items() if key.rstrip("0123456789") == name]
+        return several or getattr(self.options, name)
+
+
 class Optimizer:
     """Steps groups. Subclasses give `update` and `kinds`, the names of their state of the elements' shape, or else `fresh`.
 
-    roles: those it takes by default (None: all); the rest goes to the optimizer in `options.rest`. takes: those it can take where a
-    rule names it. apart: whether each slice is an entry of its own, in its logical shape, because the update of an
-    element depends on the others.
+        roles: those it takes by default (None: all); the rest goes to the optimizer in `options.rest`. takes: those it can take where a
+        rule names it. apart: whether each slice is an entry of its own, in its logical shape, because the update of an
+    element depends on the others. solo: why runs cannot be updated together on a GPU, where they cannot.
     """
 
     kinds: tuple[str, ...] = ()
@@ -114,6 +130,11 @@ class Optimizer:
             for entry in group.entries:
                 if not entry.dense:
                     entry.view.copy_(entry.place)
+
+    @staticmethod
+    def formula(s: Settings, w: Tensor, g: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """New elements and state of many runs [R, ...], from the old ones and the gradients; state is given by its names."""
+        raise NotImplementedError
 
     def update_all(self, live: Sequence[tuple[Group, float]]) -> None:
         """Moves the parameters of groups, all of which have gradients, each at its learning rate."""

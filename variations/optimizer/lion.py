@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from core.options import Invalid, opt
-from variations.optimizer.base import Group, Optimizer, OptimizerOptions
+from variations.optimizer.base import Group, Optimizer, OptimizerOptions, Settings
 
 
 @dataclass(frozen=True)
 class LionOptions(OptimizerOptions):
     """Options of Lion."""
 
-    learning_rate: float = opt(1e-4, "Peak learning rate; a third to a tenth of AdamW's.", ge=0.0)
+    learning_rate: float = opt(1e-4, "Peak learning rate; a third to a tenth of AdamW's.", ge=0.0, knob=True)
     betas: tuple[float, ...] = opt(
-        (0.9, 0.99), "Share of the past in the step, and decay of the momentum.", ge=0.0, lt=1.0
+        (0.9, 0.99), "Share of the past in the step, and decay of the momentum.", ge=0.0, lt=1.0, knob=True
     )
 
     def __post_init__(self) -> None:
@@ -32,6 +33,15 @@ class Lion(Optimizer):
 
     Options = LionOptions
     kinds = ("exp_avg",)
+
+    @staticmethod
+    def formula(  # type: ignore[override]
+        s: Settings, w: Tensor, g: Tensor, exp_avg: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        b1, b2 = s.betas
+        direction = (b1 * exp_avg + (1 - b1) * g).sign()
+        w = w * (1 - s.learning_rate * s.weight_decay) - s.learning_rate * direction
+        return w, {"exp_avg": b2 * exp_avg + (1 - b2) * g}
 
     def update(self, group: Group, lr: float) -> None:
         b1, b2 = self.options.betas

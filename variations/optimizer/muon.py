@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.options import Invalid, Variant, opt, variant
-from variations.optimizer.base import Entry, Group, Optimizer, OptimizerOptions
+from variations.optimizer.base import Entry, Group, Optimizer, OptimizerOptions, Settings
 
 COEFFICIENTS = (
     3.4445,
@@ -39,8 +40,8 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
 class MuonOptions(OptimizerOptions):
     """Options of Muon."""
 
-    learning_rate: float = opt(0.02, "Peak learning rate of matrices.", ge=0.0)
-    momentum: float = opt(0.95, "Decay of the averaged gradient.", ge=0.0, lt=1.0)
+    learning_rate: float = opt(0.02, "Peak learning rate of matrices.", ge=0.0, knob=True)
+    momentum: float = opt(0.95, "Decay of the averaged gradient.", ge=0.0, lt=1.0, knob=True)
     nesterov: bool = opt(True, "Whether the step looks ahead along the averaged gradient.")
     ns_steps: int = opt(5, "Newton-Schulz iterations.", ge=1, le=20)
     heads_apart: bool = opt(False, "Whether the heads of attention's matrices are matrices of their own.")
@@ -62,6 +63,23 @@ class Muon(Optimizer):
     roles = ("matrix",)
     takes = ("matrix", "embedding")
     apart = True
+
+    @staticmethod
+    def formula(  # type: ignore[override]
+        s: Settings, w: Tensor, g: Tensor, momentum: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        m = momentum.lerp(g, 1 - s.momentum)
+        direction = g.lerp(m, s.momentum) if s.nesterov else m
+        shape = (
+            s.entry.shape if w[0].numel() == math.prod(s.entry.shape) else w.shape[1:]
+        )  # of several ranks, the largest
+        whole = direction.reshape(-1, *shape[-2:])  # every run's
+        blocks = s.entry.covers[0].declaration.blocks if s.heads_apart and len(shape) == 2 else None
+        parts = whole.split(blocks[1], blocks[0]) if blocks else (whole,)
+        update = torch.cat([orthogonalise(x, s.ns_steps) for x in parts], blocks[0] if blocks else 0).view_as(w)
+        rows, cols = parts[0].shape[-2:]
+        update = update * (max(1.0, rows / cols) ** 0.5 if blocks else s.aspect.clamp(min=1.0).sqrt())
+        return w * (1 - s.learning_rate * s.weight_decay) - s.learning_rate * update, {"momentum": m}
 
     def update_all(self, live: Sequence[tuple[Group, float]]) -> None:
         o: MuonOptions = self.options

@@ -1,0 +1,252 @@
+"""Courses whose updates and evaluations are computed by one folded model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.runs import Fold, fits
+from engine.course import Course
+from engine.device import Replay, autocast, move, synchronise
+from engine.table import Table
+from model import cross_entropy
+from variations.dropout import set_step
+
+RESIDENT = 2**28  # tokens of a split that are copied to a GPU as a whole
+
+
+class Together:
+    """Every run has its own batches, dropout, schedule, clipping and count of micro-batches; an update is made when a run has had
+    all of its own. What a run computes after its end is not looked at.
+
+    exact: the folded model rounds as the plain one, and each run's own optimizers update it; else one table updates all runs, and
+    on a GPU a step is captured once and replayed.
+    """
+
+    def __init__(self, courses: Sequence[Course], exact: bool | None = None) -> None:
+        self.courses = list(courses)
+        self.runs = [course.run for course in courses]
+        first, self.count = self.runs[0], len(self.runs)
+        self.device, self.dtype, self.corpus = first.device, first.config.train.dtype, first.corpus
+        self.exact = self.device.type == "cpu" if exact is None else exact
+        self.fold = Fold([run.plain for run in self.runs], self.exact)
+        for run in self.runs:
+            run.optimizers.settle()
+            run.fetch = self.tell
+        self.table = None if self.exact else Table(self.fold, self.runs)
+        self.model: Any = self.fold.model
+        if first.config.train.compile:
+            self.fold.model = self.model.compiled()
+        self.micro = [0] * self.count  # micro-batches of the update on its way
+        self.steps = [run.config.train.gradient_accumulation_steps for run in self.runs]
+        self.history: list[tuple[Tensor, list[int], list[int]]] = []  # losses [R], whose they are, whose update was due
+        self.partial = np.zeros(self.count, np.float32)  # the loss of the update on its way
+        self._static()
+
+    def _static(self) -> None:
+        """What a step reads and writes, in memory that stays where it is."""
+        train, block = self.runs[0].config.train, self.runs[0].config.model.block_size
+        rows, on = self.count * train.batch_size, self.device
+        self.x, self.y = (torch.zeros(rows, block, dtype=torch.int64, device=on) for _ in range(2))
+        self.starts = torch.zeros(rows, dtype=torch.int64, device=on)
+        self.parts = torch.tensor(self.steps, dtype=torch.float32, device=on)
+        self.factors = torch.zeros(self.count, device=on)
+        self.alive, self.due = (torch.zeros(self.count, dtype=torch.bool, device=on) for _ in range(2))
+        self.told, self.norms = torch.zeros(self.count, device=on), torch.zeros(self.count, device=on)
+        tokens = self.corpus.train
+        resident = on.type == "cuda" and len(tokens) <= RESIDENT
+        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(on) if resident else None
+        self.compute = Replay(self._compute, on)
+
+    def live(self) -> list[int]:
+        return [r for r, course in enumerate(self.courses) if course.ask is not None]
+
+    def go_on(self) -> None:
+        """Until half of the runs have ended: those that are left make a smaller pack. They can go on without this one then."""
+        try:
+            while len(self.live()) * 2 > self.count:
+                waiting = [r for r in self.live() if self.courses[r].ask[0] != "update"]  # type: ignore[index]
+                if waiting:
+                    self.serve(waiting)
+                elif live := self.live():
+                    self.update(live)
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Gives each run what its own optimizers need to go on."""
+        self.tell()
+        for r, run in enumerate(self.runs):
+            run.fetch = None
+            if self.table is not None and self.courses[r].ask is not None:
+                self.table.save(r)
+
+    def speed(self, seconds: float) -> float:
+        """Training tokens a second of all runs together, by steps that move nothing."""
+        kept = {name: knob.clone() for name, knob in self.fold.knobs.items()}
+        self.place(np.zeros((self.count, self.runs[0].config.train.batch_size), np.int64), range(self.count), [])
+        self.model.train()
+        for _ in range(Replay.WARM + 2):
+            self.compute()
+        synchronise(self.device)
+        started, calls = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            self.compute()
+            synchronise(self.device)
+            calls += 1
+        passed = time.perf_counter() - started
+        for name, knob in kept.items():
+            self.fold.knobs[name].copy_(knob)
+        for stack in self.fold.stacks.values():
+            if stack.grad is not None:
+                stack.grad.zero_()
+        return calls * self.x.numel() / passed
+
+    # Evaluations and checkpoints --------------------------------------------------------------------------------------------
+
+    def serve(self, waiting: Sequence[int]) -> None:
+        """Saves, and evaluates together what asks for the same."""
+        asked: dict[Any, list[int]] = {}
+        for r in waiting:
+            asked.setdefault(self.courses[r].ask, []).append(r)
+        for ask, same in asked.items():
+            losses = self.evaluate(ask[1]) if ask[0] == "evaluate" and self.joint(len(same)) else None
+            for r in same:
+                if losses is not None:
+                    self.courses[r].go(losses[r])
+                    continue
+                if self.table is not None and ask[0] == "save":
+                    self.table.save(r)
+                self.courses[r].alone()
+
+    def joint(self, asking: int) -> bool:
+        """Whether it is better to evaluate all runs than those that ask one by one, and possible."""
+        block = self.runs[0].config.model.block_size
+        batches = {len(x) for x, _ in self.runs[0].evaluated(1)}
+        return 2 * asking > self.count and all(fits(self.fold.sizes, self.count * n, block) for n in batches)
+
+    @torch.no_grad()
+    def evaluate(self, iters: int | str) -> list[float]:
+        """As `Run.evaluate`, of every run at once."""
+        started = time.perf_counter()
+        self.model.eval()
+        total, count = torch.zeros(self.count, dtype=torch.float64, device=self.device), 0
+        for batch in self.runs[0].evaluated(iters):
+            x, y = (move(t, self.device).repeat(self.count, 1) for t in batch)
+            total += self.forward(x, y).double() * len(batch[0])
+            count += len(batch[0])
+        self.model.train()
+        losses: list[float] = (total / count).tolist()
+        for run in self.runs:
+            run.count("evaluate", (time.perf_counter() - started) / self.count)
+        return losses
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean cross entropy of each run [R], tokens and targets [R * B, T]."""
+        with autocast(self.device, self.dtype):
+            logits, _ = self.fold(x)
+        logits, y = (t.unflatten(0, (self.count, -1)) for t in (logits, y))
+        if self.exact:
+            return torch.stack([cross_entropy(*each) for each in zip(logits, y, strict=True)])
+        each = F.cross_entropy(logits.flatten(0, 2).float(), y.flatten(), reduction="none")
+        return each.view(self.count, -1).mean(1)
+
+    # Updates ----------------------------------------------------------------------------------------------------------------
+
+    def update(self, live: Sequence[int]) -> None:
+        """A micro-batch of every run, and the update of those that have had all of theirs."""
+        started = time.perf_counter()
+        due = self.prepare(live)
+        self.model.train()
+        self.compute()
+        self.history.append((self.told.clone(), list(live), due))
+        for r in due:
+            self.runs[r].state.steps += self.table is not None
+            self.runs[r].state.iter += 1
+            self.micro[r] = 0
+        if self.table is None:
+            self.finish(due)
+        elapsed = time.perf_counter() - started
+        for r in live:
+            self.runs[r].count("update", elapsed / len(live))
+        for r in due:
+            self.courses[r].go(None)
+
+    def prepare(self, live: Sequence[int]) -> list[int]:
+        """Puts the next micro-batches and settings where a step reads them. Returns the runs whose update is due."""
+        due, starts = [], np.zeros((self.count, self.runs[0].config.train.batch_size), np.int64)
+        for r in live:
+            run = self.runs[r]
+            micro = run.state.iter * self.steps[r] + self.micro[r]
+            starts[r] = run.batches.starts(micro)
+            if run.dropping:
+                set_step(run.plain, run.config.train.seed, micro)
+            self.micro[r] += 1
+            due += [r] if self.micro[r] == self.steps[r] else []
+        self.place(starts, live, due)
+        return due
+
+    def place(self, starts: np.ndarray, live: Sequence[int], due: Sequence[int]) -> None:
+        """Copies to the device what a step needs: which windows, who is trained, and by how much."""
+        if self.tokens is None:
+            for there, here in zip((self.x, self.y), self.runs[0].batches.at(starts.reshape(-1)), strict=True):
+                there.copy_(here, non_blocking=True)
+        else:
+            self.starts.copy_(torch.from_numpy(starts.reshape(-1)), non_blocking=True)
+        multipliers = [run.schedule.multiplier(run.state.iter) for run in self.runs]
+        self.factors.copy_(torch.tensor(multipliers), non_blocking=True)
+        for there, some in ((self.alive, live), (self.due, due)):
+            here = torch.zeros(self.count, dtype=torch.bool)
+            here[list(some)] = True
+            there.copy_(here, non_blocking=True)
+
+    def _compute(self) -> None:
+        """Forward and backward of every run, and with a table the update of those that are due. Reads nothing on the host."""
+        x, y = self.x, self.y
+        if self.tokens is not None:
+            block = x.shape[1]
+            found = self.tokens[self.starts[:, None] + torch.arange(block + 1, device=self.device)].long()
+            x, y = found[:, :-1], found[:, 1:]
+        losses = self.forward(x, y)
+        self.told.copy_(losses.detach() / self.parts)
+        if (extra := self.model.added()) is not None:
+            losses = losses + extra
+        torch.where(self.alive, losses / self.parts, 0).sum().backward()
+        if self.table is not None:
+            self.norms.copy_(self.table.step(self.factors, self.due))
+            self.table.forget(self.due)
+
+    def finish(self, due: Sequence[int]) -> None:
+        """The updates by each run's own optimizers."""
+        self.fold.gradients()
+        for r in due:
+            self.runs[r].step()
+        left = [r for r in self.live() if self.micro[r]]
+        for stack in self.fold.stacks.values():
+            if not left:
+                stack.grad = None
+            elif stack.grad is not None:
+                stack.grad[list(due)] = 0.0
+
+    # Losses -----------------------------------------------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        """Moves losses from the device to the runs, when one of them looks."""
+        if not self.history:
+            return
+        rows = torch.stack([losses for losses, _, _ in self.history]).cpu().numpy()
+        for row, (_, live, due) in zip(rows, self.history, strict=True):
+            self.partial[live] += row[live]
+            for r in due:
+                self.runs[r].losses.append(float(self.partial[r]))
+                self.partial[r] = 0.0
+        self.history = []
+        if self.table is not None:
+            for r, norm in enumerate(self.norms.tolist()):
+                self.runs[r].grad_norm = norm
