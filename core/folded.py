@@ -86,6 +86,9 @@ class Folded:
     def is_floating_point(self) -> bool:
         return self.t.is_floating_point()
 
+    def __bool__(self) -> bool:
+        raise TypeError("runs that are folded have values of their own, and code cannot branch on them")
+
     def __len__(self) -> int:
         return int(self.shape[0])
 
@@ -138,7 +141,11 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if not batch.of(x):
         return each(F.linear, (x, weight, bias), {})
     if not isinstance(weight, Folded):
-        return F.linear(x, weight) + bias
+        if not batch.exact:
+            return F.linear(x, weight) + bias
+        weight = Folded(
+            weight.expand(batch.runs, -1, -1), batch
+        )  # a product that begins with the bias rounds otherwise
     rows = x.reshape(batch.runs, -1, x.shape[-1])
     if bias is None:
         y = torch.bmm(rows, weight.t.mT)
@@ -150,25 +157,30 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 def embedding(ids: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     """One table of all runs' rows, looked up at i + r V: exact, also backward."""
-    if args or any(kwargs.values()) or not weight.batch.of(ids):
+    if not weight.batch.of(ids):
         return each(F.embedding, (ids, weight, *args), kwargs)
+    plain = {"padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+    if args or not kwargs.items() <= plain.items():  # vmap's own rule minds padding_idx in the first run alone
+        own = zip(ids.unflatten(0, (weight.batch.runs, -1)), weight.t, strict=True)
+        return torch.cat([F.embedding(i, w, *args, **kwargs) for i, w in own])
     runs, rows, width = weight.t.shape
     first = torch.arange(runs, device=ids.device) * rows
     places = ids.unflatten(0, (runs, -1)) + first.view(-1, *(1,) * ids.dim())
-    return F.embedding(places.view(ids.shape), weight.t.view(runs * rows, width))
+    return F.embedding(places.view(ids.shape), weight.t.reshape(runs * rows, width))
 
 
 def _normalised(func: Callable[..., Tensor], x: Any, shape: Any, weight: Any, bias: Any, **kwargs: Any) -> Any:
-    """A norm with gain and shift of every run's own. Its kernel rounds otherwise than the norm and the gain apart."""
+    """A norm with gain and shift of every run's own. layer_norm's kernel rounds otherwise than the norm and the gain apart."""
     given = {k: v for k, v in (("weight", weight), ("bias", bias)) if v is not None}
     batch = _batch((x, weight, bias))
-    if not batch.of(x):
-        return each(func, (x, shape), {**given, **kwargs})
-    if batch.exact:
+    active = batch.of(x)
+    if batch.exact and func is F.layer_norm and (active or isinstance(x, Folded)):
         parts = {k: v.t.unbind(0) if isinstance(v, Folded) else (v,) * batch.runs for k, v in given.items()}
-        runs = x.unflatten(0, (batch.runs, -1)).unbind(0)
+        runs = x.unflatten(0, (batch.runs, -1)).unbind(0) if active else x.t.unbind(0)
         made = [func(y, shape, **{k: v[r] for k, v in parts.items()}, **kwargs) for r, y in enumerate(runs)]
-        return torch.cat(made)
+        return torch.cat(made) if active else Folded(torch.stack(made), batch)
+    if not active:
+        return each(func, (x, shape), {**given, **kwargs})
     y: Any = func(x, shape, **kwargs)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
@@ -206,12 +218,11 @@ def pointwise(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def expand(x: Folded, *sizes: Any) -> Any:
     """As Tensor.expand; a new first axis of all runs' rows makes an activation."""
     wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    batch = x.batch
-    if len(wanted) == x.dim() + 1 and wanted[0] == batch.rows:
-        rows = batch.rows // batch.runs
-        return x.t.unsqueeze(1).expand(batch.runs, rows, *wanted[1:]).flatten(0, 1)
-    extra = len(wanted) - x.dim()
-    return Folded(x.t.view(batch.runs, *(1,) * extra, *x.shape).expand(batch.runs, *wanted), batch)
+    batch, extra = x.batch, len(wanted) - x.dim()
+    own = x.t.view(batch.runs, *(1,) * extra, *x.shape)
+    if wanted[0] == batch.rows and own.shape[1] == 1:
+        return own.expand(batch.runs, batch.rows // batch.runs, *wanted[1:]).flatten(0, 1)
+    return Folded(own.expand(batch.runs, *wanted), batch)
 
 
 def unbind(x: Folded, dim: int = 0) -> tuple[Folded, ...]:
@@ -223,7 +234,8 @@ def same(func: Callable[..., Any], x: Folded, *args: Any, **kwargs: Any) -> Fold
     return Folded(func(x.t, *args, **kwargs), x.batch)
 
 
-ARITHMETIC = ("add", "sub", "mul", "div", "true_divide", "addcmul", "maximum", "minimum", "where", "lerp", "pow")
+ARITHMETIC = ("add", "sub", "mul", "div", "true_divide", "addcmul", "maximum", "minimum", "where", "lerp", "pow", "clamp",
+              "clamp_")  # fmt: skip
 OPERATORS = (
     "__add__",
     "__radd__",
@@ -258,8 +270,9 @@ def _register() -> None:
             setattr(Folded, name, _method(method))
 
 
-WORDS = {"neg", "invert", "matmul", "rmatmul", "pow", "rpow", "and", "rand", "or", "ror", "xor", "rxor", "eq", "ne", "lt", "le",
-         "gt", "ge", "mod", "floordiv", "lshift", "rshift"} | {name.strip("_") for name in OPERATORS}  # fmt: skip
+WORDS = {"neg", "abs", "invert", "matmul", "rmatmul", "pow", "rpow", "and", "rand", "or", "ror", "xor", "rxor", "eq", "ne", "lt",
+         "le", "gt", "ge", "mod", "rmod", "floordiv", "rfloordiv", "lshift", "rshift",
+         "iadd", "isub", "imul", "itruediv"} | {name.strip("_") for name in OPERATORS}  # fmt: skip
 
 
 def _method(func: Any) -> Callable[..., Any]:

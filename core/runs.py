@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from core.folded import Batch, Folded
 from core.stack import Stack
 
+ALIGNED = 64  # elements: where parameters begin in one tensor of all of them
+
 
 class Fold:
     """Models of one kind, folded: `self.model(x)` computes all of them for activations of their rows one after another.
@@ -30,15 +32,14 @@ class Fold:
         self.models = list(models)
         self.model: Any = None
         self.stacks: dict[str, nn.Parameter] = {}  # by the first name of what trains
+        self.members: dict[str, list[Any]] = {}  # and each model's own
         self.knobs: dict[str, Tensor] = {}  # by name: buffers of every run
         self.sizes = sizes(models)
         with torch.no_grad():
             self.model = copy.deepcopy(models[0])
             self._parameters()
             self._buffers()
-        for module in (m for model in models for m in model.modules()):
-            if isinstance(module, Stack):
-                module.show()
+        self._show()
         for path, module in self.model.named_modules():
             if getattr(module, "separately", None):
                 own = [model.get_submodule(path) for model in models]
@@ -67,10 +68,34 @@ class Fold:
                 p.data = every[0].data
             return every[0]
         stack = nn.Parameter(_stacked(every), requires_grad=any(p.requires_grad for p in every))
-        for p, mine in zip(every, stack.data, strict=True):
-            p.data = part(mine, p.shape)
         self.stacks[name] = stack
+        self.members[name] = list(every)
         return Folded(stack, self.batch)
+
+    def _show(self) -> None:
+        """Lets the models see their parameters as they are now."""
+        for name, stack in self.stacks.items():
+            for p, mine in zip(self.members[name], stack.data, strict=True):
+                p.data = part(mine, p.shape)
+        for module in (m for model in self.models for m in model.modules()):
+            if isinstance(module, Stack):
+                module.show()
+
+    def gather(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
+        """Puts everything that trains, and its gradients, each into one tensor; and where each parameter lies in these."""
+        places, end = {}, 0
+        for name, stack in self.stacks.items():
+            if stack.requires_grad:
+                places[name] = slice(end, end + stack.numel())
+                end = -(-places[name].stop // ALIGNED) * ALIGNED
+        device = next(iter(self.stacks.values())).device
+        values, gradients = torch.zeros(end, device=device), torch.zeros(end, device=device)
+        for name, place in places.items():
+            stack = self.stacks[name]
+            values[place].view(stack.shape).copy_(stack.data)
+            stack.data, stack.grad = values[place].view(stack.shape), gradients[place].view(stack.shape)
+        self._show()
+        return values, gradients, places
 
     def _buffers(self) -> None:
         known: dict[int, Any] = {}
@@ -98,10 +123,7 @@ class Fold:
     def gradients(self) -> None:
         """Lets each model's parameters have their part of the gradients."""
         for name, stack in self.stacks.items():
-            path, _, leaf = name.rpartition(".")
-            for r, model in enumerate(self.models):
-                p = model.get_submodule(path)._parameters[leaf]
-                assert p is not None
+            for r, p in enumerate(self.members[name]):
                 p.grad = None if stack.grad is None or not p.requires_grad else part(stack.grad[r], p.shape)
 
 

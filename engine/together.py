@@ -36,10 +36,10 @@ class Together:
         self.device, self.dtype, self.corpus = first.device, first.config.train.dtype, first.corpus
         self.exact = self.device.type == "cpu" if exact is None else exact
         self.fold = Fold([run.plain for run in self.runs], self.exact)
+        self.table = None if self.exact else Table(self.fold, self.runs)
         for run in self.runs:
             run.optimizers.settle()
             run.fetch = self.tell
-        self.table = None if self.exact else Table(self.fold, self.runs)
         self.model: Any = self.fold.model
         if first.config.train.compile:
             self.fold.model = self.model.compiled()
@@ -103,9 +103,8 @@ class Together:
         passed = time.perf_counter() - started
         for name, knob in kept.items():
             self.fold.knobs[name].copy_(knob)
-        for stack in self.fold.stacks.values():
-            if stack.grad is not None:
-                stack.grad.zero_()
+        if self.table is not None:
+            self.table.gradients.zero_()
         return calls * self.x.numel() / passed
 
     # Evaluations and checkpoints --------------------------------------------------------------------------------------------

@@ -70,12 +70,13 @@ class Group:
 
 
 class Settings:
-    """What `formula` is given beside tensors: numbers of every run [R, 1, ...], which `betas` and the like are lists of.
+    """What `formula` is given beside tensors: numbers that broadcast with these, of which `betas` and the like are lists.
 
-    steps: updates, this one included. entry: which elements these are. Other options are those of the first run.
+    steps: updates, this one included. entry: which slice this is, of an optimizer that takes each apart. Other options are those of
+    the first run.
     """
 
-    def __init__(self, steps: Tensor, numbers: Mapping[str, Tensor], options: Any, entry: Entry) -> None:
+    def __init__(self, steps: Tensor, numbers: Mapping[str, Tensor], options: Any, entry: Entry | None) -> None:
         self.steps, self.numbers, self.options, self.entry = steps, numbers, options, entry
 
     def __getattr__(self, name: str) -> Any:
@@ -88,9 +89,9 @@ class Settings:
 class Optimizer:
     """Steps groups. Subclasses give `update` and `kinds`, the names of their state of the elements' shape, or else `fresh`.
 
-        roles: those it takes by default (None: all); the rest goes to the optimizer in `options.rest`. takes: those it can take where a
-        rule names it. apart: whether each slice is an entry of its own, in its logical shape, because the update of an
-    element depends on the others. solo: why runs cannot be updated together on a GPU, where they cannot.
+    roles: those it takes by default (None: all); the rest goes to the optimizer in `options.rest`. takes: those it can take where
+    a rule names it. apart: whether each slice is an entry of its own, in its logical shape, because the update of an element
+    depends on the others. solo: why runs cannot be updated together on a GPU, where they cannot.
     """
 
     kinds: tuple[str, ...] = ()

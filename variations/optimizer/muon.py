@@ -68,6 +68,7 @@ class Muon(Optimizer):
     def formula(  # type: ignore[override]
         s: Settings, w: Tensor, g: Tensor, momentum: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert s.entry is not None
         m = momentum.lerp(g, 1 - s.momentum)
         direction = g.lerp(m, s.momentum) if s.nesterov else m
         shape = (
