@@ -40,8 +40,10 @@ def pick(wanted: str, dtype: str = "float32") -> torch.device:
     return device
 
 
-def claim(device: torch.device) -> None:
+def claim(device: torch.device, deterministic: bool = False) -> None:
     """Makes a CUDA device the process's current one, so that nothing lands on another, and counts its peak memory anew.
+
+    deterministic: kernels whose sums come in any order are not used there. (cuBLAS needs CUBLAS_WORKSPACE_CONFIG before its start.)
 
     On a CPU, lets the process keep freed memory, as torch does on a GPU: a step asks for what the step before gave back, and the
     system takes longer to give pages anew than a tensor's values take to be written.
@@ -49,6 +51,7 @@ def claim(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
+        torch.use_deterministic_algorithms(deterministic)
     elif platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, -1)

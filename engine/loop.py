@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, config: Config, corpus: Corpus, folder: Path, device: torch.device) -> None:
         torch.set_float32_matmul_precision(config.train.matmul_precision)
-        claim(device)
+        claim(device, config.train.deterministic)
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         init_seed, data_seed = config.seeds
         self.plain: GPT

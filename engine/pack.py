@@ -36,7 +36,7 @@ def train(
 
     most: how many are computed at once; None: as many as make it faster. fold: whether they are computed as one model; None: on a
     GPU. One that is alone is the plain model. exact: whether the folded model rounds as the plain one and each run's own optimizers
-    update it; None: on a CPU.
+    update it; None: on a CPU, and where train.deterministic is asked.
     """
     courses = [Course(member, ended) for member in members]
     folding = fold if fold is not None else any(member.run.device.type == "cuda" for member in members)

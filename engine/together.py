@@ -34,7 +34,7 @@ class Together:
         self.runs = [course.run for course in courses]
         first, self.count = self.runs[0], len(self.runs)
         self.device, self.dtype, self.corpus = first.device, first.config.train.dtype, first.corpus
-        self.exact = self.device.type == "cpu" if exact is None else exact
+        self.exact = (self.device.type == "cpu" or first.config.train.deterministic) if exact is None else exact
         self.fold = Fold([run.plain for run in self.runs], self.exact)
         self.table = None if self.exact else Table(self.fold, self.runs)
         for run in self.runs:
@@ -62,7 +62,8 @@ class Together:
         tokens = self.corpus.train
         resident = on.type == "cuda" and len(tokens) <= RESIDENT
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(on) if resident else None
-        self.compute = Replay(self._compute, on)
+        # Gradients that come and go cannot be captured.
+        self.compute = Replay(self._compute, on if self.table is not None else torch.device("cpu"))
 
     def live(self) -> list[int]:
         return [r for r, course in enumerate(self.courses) if course.ask is not None]
