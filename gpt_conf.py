@@ -54,7 +54,7 @@ class ModelConfig:
     head_dim: int | None = opt(None, "Width of a head; null means n_embd / n_head.", ge=1)
     block_size: int = opt(64, "Longest context, in tokens.", ge=1)
     vocab_size: int | None = opt(None, "Number of tokens; null means the data's.", ge=1)
-    dropout: float = opt(0.0, "Probability of dropping an activation.", ge=0.0, lt=1.0)
+    dropout: float = opt(0.0, "Probability of dropping an activation.", ge=0.0, lt=1.0, knob=True)
     bias: bool = opt(True, "Whether linears and LayerNorms have a bias.")
     stack_layers: bool = opt(False, "Whether each weight of the blocks is one parameter for all layers.")
     tie_weights: bool = opt(True, "Whether the embedding and the head share one weight.")

@@ -36,13 +36,17 @@ class TrainConfig:
     """One training run. Iterations are optimizer updates."""
 
     max_iters: int | None = opt(
-        None, "Length of the run in iterations; null means max_tokens, or 2000 without either.", ge=1
+        None, "Length of the run in iterations; null means max_tokens, or 2000 without either.", ge=1, knob=True
     )
-    max_tokens: int | None = opt(None, "Length of the run in training tokens, rounded up to whole iterations.", ge=1)
+    max_tokens: int | None = opt(
+        None, "Length of the run in training tokens, rounded up to whole iterations.", ge=1, knob=True
+    )
     batch_size: int = opt(12, "Sequences of one forward pass.", ge=1)
-    gradient_accumulation_steps: int = opt(1, "Forward passes of one iteration.", ge=1)
-    grad_clip: float | None = opt(1.0, "Largest norm of the whole gradient; null means no clipping.", gt=0.0)
-    eval_interval: int = opt(250, "Iterations between evaluations; the last iteration is always evaluated.", ge=1)
+    gradient_accumulation_steps: int = opt(1, "Forward passes of one iteration.", ge=1, knob=True)
+    grad_clip: float | None = opt(1.0, "Largest norm of the whole gradient; null means no clipping.", gt=0.0, knob=True)
+    eval_interval: int = opt(
+        250, "Iterations between evaluations; the last iteration is always evaluated.", ge=1, knob=True
+    )
     eval_iters: int | Literal["full"] = opt(
         20, "Batches of an evaluation, or 'full' for the whole validation split.", ge=1
     )
@@ -56,9 +60,9 @@ class TrainConfig:
     checkpoint_interval: int | None = opt(
         None, "Iterations between checkpoints; null means eval_interval.", ge=1, identity=False
     )
-    seed: int = opt(1337, "Moves initial values, data order and dropout.", ge=0)
-    init_seed: int | None = opt(None, "Pins the initial values; null means seed.", ge=0)
-    data_seed: int | None = opt(None, "Pins the data order; null means seed.", ge=0)
+    seed: int = opt(1337, "Moves initial values, data order and dropout.", ge=0, knob=True)
+    init_seed: int | None = opt(None, "Pins the initial values; null means seed.", ge=0, knob=True)
+    data_seed: int | None = opt(None, "Pins the data order; null means seed.", ge=0, knob=True)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N.", identity=False)
     dtype: Literal["float32", "bfloat16", "float16"] = opt(
         "float32", "Precision of the forward pass; weights stay float32."
@@ -67,6 +71,9 @@ class TrainConfig:
         "highest", "Internal precision of float32 matrix products."
     )
     compile: bool = opt(False, "Whether torch.compile is used.")
+    deterministic: bool = opt(
+        False, "On a GPU: the same bits every time, and runs of a pack rounded as runs alone; slower.", identity=False
+    )
     init_from: str | None = opt(
         None,
         "A run folder or FILE.yaml (its one run is trained first) whose weights the run starts from.",
@@ -117,6 +124,9 @@ class RunnerConfig:
     )
     per_device: int | Literal["auto"] = opt(
         "auto", "Trials at a time on one device; auto is one a GPU, and one a core on a CPU.", ge=1
+    )
+    pack: int | Literal["auto", "off"] = opt(
+        "auto", "Runs that differ in numbers alone and are trained in one process: at most so many, auto or off.", ge=1
     )
     threads: int | None = opt(None, "CPU threads of a trial; null divides the cores among the trials.", ge=1)
     root: str = opt("runs", "Folder of the run folders.")

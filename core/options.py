@@ -80,7 +80,7 @@ def opt(
     """A field of an options dataclass: its default, a sentence, its bounds.
 
     `key` is what files call it where Python cannot (`except`). `identity=False`: the field cannot change a result and is
-    no part of a run's identity. `knob=True`: a number used in forward that changes neither a shape nor the graph.
+    no part of a run's identity. `knob=True`: a number in which runs of one pack may differ; no shape or graph depends on it.
     """
     bounds = {">=": ge, ">": gt, "<=": le, "<": lt}
     meta = {

@@ -47,11 +47,13 @@ class Depth:
 class SliceRule(Rule):
     """Settings of the slices whose address matches."""
 
-    lr_scale: float | Depth | None = said("Multiplier of the learning rate; all that match multiply.", ge=0.0)
-    learning_rate: float | Depth | None = said("Peak learning rate instead of the optimizer's.", ge=0.0)
-    weight_decay: float | Depth | None = said("Weight decay instead of the optimizer's.", ge=0.0)
+    lr_scale: float | Depth | None = said(
+        "Multiplier of the learning rate; all that match multiply.", ge=0.0, knob=True
+    )
+    learning_rate: float | Depth | None = said("Peak learning rate instead of the optimizer's.", ge=0.0, knob=True)
+    weight_decay: float | Depth | None = said("Weight decay instead of the optimizer's.", ge=0.0, knob=True)
     optimizer: Variant | None = said("The optimizer of these slices.", kind="optimizer")
-    betas: tuple[float, ...] | None = said("Betas instead of the optimizer's.", ge=0.0, lt=1.0)
+    betas: tuple[float, ...] | None = said("Betas instead of the optimizer's.", ge=0.0, lt=1.0, knob=True)
     init: Variant | None = said("Initial values; of a PKL weight the effective ones.", kind="init")
     lora: Variant | None = said("An adapter on these rows; null for none.", kind="lora", usual="lora")
     frozen: bool | None = said("Whether they stay as they are; adapters on them train.")

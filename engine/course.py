@@ -69,8 +69,7 @@ def _turn(course: Course) -> None:
     threads = course.run.state.threads
     if course.run.device.type == "cpu" and threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)  # a run keeps the number that it began with
-    while course.ask is not None:
-        last = course.ask[0]
-        course.alone()
-        if last == "evaluate":
-            return
+    evaluated = False
+    while course.ask is not None and not (evaluated and course.ask[0] == "update"):
+        evaluated = evaluated or course.ask[0] == "evaluate"
+        course.alone()  # what is saved after an evaluation, is saved before others have their turn

@@ -143,12 +143,12 @@ class Run:
             total = told if total is None else total + told
         assert total is not None
         self.losses.append(total)
-        self.state.iter += 1
         self.step()
+        self.state.iter += 1
 
     def step(self) -> None:
         """The rest of an update, when the gradients of all micro-batches are there."""
-        i = self.state.iter - 1
+        i = self.state.iter
         if self.clip():
             every = self.config.tracking.slice_interval
             watching = every is not None and (i + 1) % every == 0

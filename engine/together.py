@@ -167,11 +167,12 @@ class Together:
         self.compute()
         self.history.append((self.told.clone(), list(live), due))
         for r in due:
-            self.runs[r].state.steps += self.table is not None
-            self.runs[r].state.iter += 1
             self.micro[r] = 0
         if self.table is None:
             self.finish(due)
+        for r in due:
+            self.runs[r].state.steps += self.table is not None
+            self.runs[r].state.iter += 1
         elapsed = time.perf_counter() - started
         for r in live:
             self.runs[r].count("update", elapsed / len(live))

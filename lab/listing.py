@@ -20,8 +20,8 @@ from lab.expand import Expansion, Run, expand, told
 from lab.reading import ConfigReader, default_value, sentences
 from lab.store import read_result
 from lab.sweep import SEED, Sweep, SweepReader, apply_settings
-from model import GPT
-from train_args import Config, DataConfig, RunInfo, load_plugins
+from model import GPT, assemble
+from train_args import Config, DataConfig, RunInfo, load_plugins, with_vocabulary
 from variations import CATALOGUE
 
 LIBRARY = File(__file__).resolve().parent.parent / "explorations"
@@ -71,15 +71,24 @@ class Listing:
         """Every key that differs somewhere in the sweep."""
         return tuple(dict.fromkeys(key for run in self.runs for key in run.changed))
 
+    def content(self, run: Run) -> dict[str, str]:
+        """Hashes of the data, plugins and base that a run is made with."""
+        made = {"data": self.reader.corpus(run.config.data).meta.content_hash, **self.reader.plugins}
+        base = self.reader.base(run.config)
+        return made | ({"init_from": base.content} if base else {})
+
     def info(self, run: Run, wandb: str) -> RunInfo:
         """What a run's config.yaml says of its place in the sweep."""
-        content = {"data": self.reader.corpus(run.config.data).meta.content_hash, **self.reader.plugins}
         base = self.reader.base(run.config)
-        if base is not None:
-            content["init_from"] = base.content
         changed = {k: plain(v) for k, v in run.changed.items()}
         folder = str(base.folder) if base else ""
-        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, content, wandb, folder)
+        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, self.content(run), wandb, folder)
+
+    def parameters(self, run: Run) -> int:
+        """How many parameters a run's model has, adapters included."""
+        config = with_vocabulary(run.config, self.reader.corpus(run.config.data).meta.vocab_size)
+        _, rows = assemble(config.model, config.slices, config.optimizer)
+        return sum(row.slice.numel for row in rows)
 
     def settle(self) -> None:
         """Moves corpora that were prepared on the way to their place."""

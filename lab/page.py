@@ -154,6 +154,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     ("metric", "Metric of a run that is done; in brackets: how far another one came", ""),
     ("iterations", "Completed updates", ""),
     ("time", "Training time over all attempts", ""),
+    ("pack", "Runs that were trained in its process", ""),
     ("error", "The end of the error text", "word"),
 )
 
@@ -282,6 +283,7 @@ def _run_row(board: Board, run: Run) -> tuple[str, list[Entry]]:
         (loss if loss is not None else reached, shown),
         (at, "" if at is None else f"{at:,.0f}"),
         (run.number("seconds"), duration(run.number("seconds"))),
+        (run.number("pack"), magnitude(run.number("pack"))),
         ("1" if run.error else None, f"<pre>{_tail(run.error)}</pre>" if run.error else ""),
     ]
     return "", entries

@@ -18,6 +18,7 @@ def begin(environment: MutableMapping[str, str] = os.environ) -> None:
     """What has to be set before torch is imported, unless the user has set it."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(environment):
         environment["GOMP_SPINCOUNT"] = SPIN
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with which its sums are the same every time
 
 
 def leave(code: int) -> NoReturn:

@@ -180,6 +180,9 @@ def sentences(board: Board) -> Iterator[str]:
     tokens = [seen for cell in board.finished if (seen := cell.mean("tokens")) is not None]
     if tokens and min(tokens) < max(tokens):
         yield f"Cells saw different numbers of training tokens, {magnitude(min(tokens))} to {magnitude(max(tokens))}."
+    packed = [size for run in board.runs if (size := run.number("pack") or 1) > 1]
+    if packed:
+        yield f"{_many(len(packed), 'run')} of {len(board.runs):,} shared a process with others, at most {max(packed):g} in one."
     mixed = [field for field, values in provenance(board).items() if len(values) > 1]
     if mixed:
         yield f"Runs differ in where they come from ({', '.join(mixed)}): see the provenance before comparing."

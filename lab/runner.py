@@ -20,16 +20,17 @@ from core.options import plain
 from core.yaml_files import ConfigError, dump
 from engine.device import pick, provenance
 from engine.tracking import resolve_mode
-from lab import store
+from lab import packing, store
 from lab.base import ended_as, untrained
 from lab.executors import LocalExecutor, Trial
 from lab.expand import Run
 from lab.listing import ENDED, Listing
-from lab.plan import slots
+from lab.plan import Slot, slots
 from lab.report import Listed, Summary, write_report
 from lab.store import Store, attempts, holder, read_result, write_atomically
-from lab.worker import Console, StopFlag, no_result, run_trial, write_result
+from lab.worker import Console, StopFlag, no_result, run_pack, write_result
 from train_args import Config
+from variations import CATALOGUE
 
 OK, FAILED, STOPPED = 0, 1, 75
 
@@ -50,6 +51,11 @@ def devices(config: Config) -> tuple[str, ...]:
 def cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """The bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
@@ -182,56 +188,74 @@ def _alone(listing: Listing, one: Run, places: tuple[str, ...], database: Store)
         StopFlag() as stop,
     ):
         print(f"{folder}: {one.config.iterations} iterations")
-        code = run_trial(folder, device=places[0], stop=stop)
+        code = run_pack([folder], device=places[0], stop=stop)
     database.event("stopped" if code == STOPPED else _status(folder), folder.name)
     return code == STOPPED
 
 
 def _together(listing: Listing, pending: list[Run], places: tuple[str, ...], database: Store) -> tuple[bool, bool]:
     """Many runs, as processes. Returns whether it was stopped, and whether at once."""
-    runner, queue = listing.runs[0].config.runner, list(pending)
+    runner = listing.runs[0].config.runner
     executor = LocalExecutor(slots(places, runner.per_device, runner.threads, cores(), len(listing.runs)))
+    queue = _trials(listing, pending, executor.free)
     teller = _Teller(listing, len(listing.runs) - len(pending), database)
     with StopFlag(hard_ends=False) as stop:
         while (queue or executor.live) and not stop():
             while queue and executor.free:
-                one = queue.pop(0)
-                if listing.status(one) in ENDED:  # a trial of a killed runner ended it meanwhile
-                    teller.done += 1
+                listed = queue.pop(0)
+                some = [one for one in listed if listing.status(one) not in ENDED]
+                teller.done += len(listed) - len(some)  # a trial of a killed runner ended them meanwhile
+                if not some:
                     continue
-                trial = executor.start(listing.path(one))
-                adopted = trial.process is None
-                database.event("running", trial.folder.name, device=trial.slot.device, adopted=adopted)
+                trial = executor.start([listing.path(one) for one in some])
+                left = [one for one in some if listing.path(one) not in trial.folders]
+                queue[:0] = [left] if left else []  # other processes train them
+                for folder in trial.folders:
+                    adopted = trial.process is None
+                    database.event("running", folder.name, device=trial.slot.device, adopted=adopted)
             executor.wait()
-            for trial, code in executor.finished():
-                teller.ended(trial, code)
+            for trial, folder, code in executor.finished():
+                teller.ended(trial, folder, code)
         if not stop():
             return False, False
         print("stopping: trials save a checkpoint; Ctrl-C again ends them at once", flush=True)
         executor.stop(lambda: stop.hard)
-        for trial, code in executor.finished():
-            teller.ended(trial, code, stopping=True)
+        for trial, folder, code in executor.finished():
+            teller.ended(trial, folder, code, stopping=True)
         return True, stop.hard
 
 
+def _trials(listing: Listing, pending: list[Run], places: list[Slot]) -> list[list[Run]]:
+    """The runs to be carried out, as packs; first those that the processes of a killed runner train, to be adopted together."""
+    held: dict[int, list[Run]] = {}
+    rest: list[Run] = []
+    for one in pending:
+        process = holder(listing.path(one))
+        (rest if process is None else held.setdefault(process, [])).append(one)
+
+    def most(one: Run) -> int:
+        return packing.fitting(listing.parameters(one), memory(), len(places))
+
+    pack = listing.runs[0].config.runner.pack
+    return [*held.values(), *packing.groups(rest, pack, places, listing.content, CATALOGUE, most)]
+
+
 class _Teller:
-    """Notes and tells how trials end."""
+    """Notes and tells how runs end."""
 
     def __init__(self, listing: Listing, done: int, database: Store) -> None:
         self.listing, self.done, self.database, self.started = listing, done, database, time.monotonic()
         self.runs = {listing.ids[one.hash]: one for one in listing.runs}
 
-    def ended(self, trial: Trial, code: int, stopping: bool = False) -> None:
-        """A trial without a result was stopped, or else it died, which becomes its result."""
-        folder, one = trial.folder, self.runs[trial.folder.name]
-        status = "stopped" if code == STOPPED or (stopping and read_result(folder) is None) else None
-        if status is None and read_result(folder) is None:
-            why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code is {code}"
-            why = "nobody saw it end" if trial.process is None else why
-            error = f"The process died without a result: {why}. Its last words are in attempt-{attempts(folder)}.log."
+    def ended(self, trial: Trial, folder: Path, code: int | None, stopping: bool = False) -> None:
+        """A run without a result was stopped, or else its process died, which becomes its result."""
+        one, missing = self.runs[folder.name], read_result(folder) is None
+        stopped = missing and (code == STOPPED or stopping)
+        if missing and not stopped:
+            error = f"The process died without a result: {_death(trial, folder, code)}"
             known = {"cell": one.cell, "seed": one.seed, "error": error, "provenance": provenance(None)}
-            write_result(folder, no_result(folder, **known))
-        status = status or _status(folder)
+            write_result(folder, no_result(folder, pack=len(trial.folders), **known))
+        status = "stopped" if stopped else _status(folder)
         self.done += status != "stopped"
         self.database.event(status, folder.name, exit_code=code)
         if not stopping:
@@ -247,6 +271,16 @@ class _Teller:
         seconds = time.monotonic() - self.started
         total = len(self.listing.runs)
         print(f"[{self.done}/{total}, {seconds:.0f} s] {status}: {one.cell}{seed}{words}{why}", flush=True)
+
+
+def _death(trial: Trial, folder: Path, code: int | None) -> str:
+    """How a process ended that left a run without a result, and where its last words are."""
+    assert code is not None
+    why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code is {code}"
+    first = folder if trial.process is None else trial.folders[0]  # an adopted run's own log names the first's
+    log = f"attempt-{attempts(first)}.log"
+    place = log if first == folder else f"../{first.name}/{log}"
+    return f"{'nobody saw it end' if trial.process is None else why}. Its last words are in {place}."
 
 
 def _status(folder: Path) -> str:

@@ -64,6 +64,12 @@ def hold(folder: Path) -> IO[str] | None:
             return handle
 
 
+def release(lock: IO[str]) -> None:
+    """Gives a lock back, also where another process has inherited it."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    lock.close()
+
+
 def holder(folder: Path) -> int | None:
     """The process that trains this run, 0 if it has not said its number yet, None where there is none."""
     try:

@@ -1,4 +1,7 @@
-"""One trial: trains the run of a folder and writes its result. `python -m lab.worker RUN_DIR` is what executors start."""
+"""One trial: trains the runs of folders, a pack of one or more, and writes the result of each as it ends.
+
+`python -m lab.worker RUN_DIR...` is what executors start.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -19,13 +23,13 @@ import torch
 
 from core.options import plain
 from core.yaml_files import ConfigError
-from engine import checkpoint
+from engine import checkpoint, pack
 from engine.device import pick, provenance
 from engine.loop import Run, State, Stopped
 from engine.tracking import Tracker
 from lab.listing import load_run
 from lab.process import leave
-from lab.store import attempts, hold, progress, write_atomically
+from lab.store import attempts, hold, progress, release, write_atomically
 from train_args import Config, with_vocabulary
 
 DONE, FAILED, STOPPED = 0, 1, 75
@@ -69,16 +73,16 @@ class Console(io.TextIOBase):
 class Line:
     """Progress for people: a line at every evaluation, and between them one that is overwritten where the output is a terminal."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.started, self.first = config, time.perf_counter(), -1
+    def __init__(self, config: Config, out: TextIO | Console) -> None:
+        self.config, self.out, self.started, self.first = config, out, time.perf_counter(), -1
 
     def __call__(self, state: State, evaluated: bool) -> None:
         if self.first < 0:
             self.first, self.started = state.iter, time.perf_counter()
-        over = sys.stdout.isatty()
+        over = self.out.isatty()
         if evaluated or over:
-            sys.stdout.write(OVER * over + self.words(state) + "\n" * evaluated)
-            sys.stdout.flush()
+            self.out.write(OVER * over + self.words(state) + "\n" * evaluated)
+            self.out.flush()
 
     def words(self, state: State) -> str:
         total, passed = self.config.iterations, time.perf_counter() - self.started
@@ -99,7 +103,10 @@ class Line:
 
 
 def no_result(folder: Path, **known: Any) -> dict[str, Any]:
-    """result.json of a run that has none yet: every field, with what its metrics tell."""
+    """result.json of a run that has none yet: every field, with what its metrics tell.
+
+    `pack` counts the runs that its process was given; `peak_memory_bytes` is the process's peak divided by it.
+    """
     seen = progress(folder)
     return {
         "status": "failed",
@@ -118,6 +125,7 @@ def no_result(folder: Path, **known: Any) -> dict[str, Any]:
         "cell": None,
         "seed": None,
         "attempt": max(1, attempts(folder)),
+        "pack": 1,
         "error": None,
         "provenance": None,
         **known,
@@ -128,59 +136,76 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_atomically(folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def run_trial(folder: Path, *, device: str | None = None, stop: Callable[[], bool], lock: IO[str] | None = None) -> int:
-    """Trains the run in `folder` from where it is. Returns DONE, FAILED or STOPPED; the first two have written result.json.
+def run_pack(
+    folders: Sequence[Path], *, device: str | None = None, stop: Callable[[], bool], locks: Sequence[IO[str]] = ()
+) -> int:
+    """Trains the runs in `folders` from where they are; what one of them raises ends that one alone.
 
-    `lock`: the run's, if the caller took it.
+    Returns STOPPED if one of them was stopped, else FAILED if one failed, else DONE; all but those that were stopped have a
+    result.json then. `locks`: of the runs in their order, if the caller took them.
     """
-    lock = lock or hold(folder)
-    if lock is None:
-        print(f"{folder}: another process is training this run.")
-        return STOPPED
-    with lock:
-        lock.write(str(os.getpid()))
-        lock.flush()
-        trial = _Trial(folder)
-        code = trial.attempt(device, stop)
-        if code != STOPPED:
-            write_result(folder, trial.result)
-        if trial.tracker is not None:
-            trial.tracker.finish(None if code == STOPPED else trial.result)  # may wait for uploads: after the result
-    return code
+    tries = [_Attempt(folder, folders, lock) for folder, lock in zip_longest(folders, locks)]
+    threads = torch.get_num_threads()
+    members: dict[pack.Member, _Attempt] = {}
+    try:
+        for one in tries:
+            torch.set_num_threads(threads)  # a run that continues has set the number it began with
+            member = one.begin(device, stop)
+            members |= {member: one} if member is not None else {}
+        asked = {member.run.config.runner.pack for member in members} - {"auto", "off"}
+        most = max((size for size in asked if isinstance(size, int)), default=None)
+        pack.train(list(members), lambda member, how: members.pop(member).end(how), most)
+    finally:
+        for one in tries:
+            one.close()
+    codes = {one.code for one in tries}
+    return next((code for code in (STOPPED, FAILED) if code in codes), DONE)
 
 
-class _Trial:
-    """One attempt, and what is known of it when it ends."""
+class _Attempt:
+    """One attempt at one run, and what is known of it when it ends.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.result = no_result(folder)
+    The first of a pack prints where the process does, the others to logs of their own.
+    """
+
+    def __init__(self, folder: Path, folders: Sequence[Path], lock: IO[str] | None) -> None:
+        self.folder, self.size, self.lock = folder, len(folders), lock or hold(folder)
+        self.result = no_result(folder, pack=self.size)
         self.tracker: Tracker | None = None
         self.run: Run | None = None
+        self.code = STOPPED
+        self.log: TextIO | None = None
+        self.out: TextIO | Console = sys.stdout
+        if folder != folders[0]:
+            self.log = (folder / f"attempt-{self.result['attempt']}.log").open("a", encoding="utf-8")
+            self.out = Console(self.log)
+            self.say(f"{folder}: in the process of {folders[0].name}, whose log has what else it prints")
 
-    def attempt(self, device: str | None, stop: Callable[[], bool]) -> int:
+    def say(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def close(self) -> None:
+        """Frees the run for others."""
+        if self.lock is not None and not self.lock.closed:
+            release(self.lock)
+        if self.log is not None:
+            self.log.close()
+
+    def begin(self, device: str | None, stop: Callable[[], bool]) -> pack.Member | None:
+        """The run, ready to train, or None where it cannot be made or another process trains it."""
+        if self.lock is None:
+            self.say(f"{self.folder}: another process is training this run.")
+            return None
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
         try:
-            status = self.train(device, stop)
-        except Stopped:
-            print(f"{self.folder}: stopped; it continues where it is.")
-            return STOPPED
+            return self.make(device, stop)
         except Exception as error:
-            whole = (
-                str(error) if isinstance(error, ConfigError) else "".join(traceback.format_exception(error)).rstrip()
-            )
-            told = "\n".join(whole.splitlines()[-TRACEBACK_LINES:])
-            print(whole)
-            measured = self.run.result() if self.run is not None else {}
-            self.result |= measured | {"status": "failed", "val_loss": None, "error": told}
-            self.result["provenance"] = self.result["provenance"] or provenance(None)
-            return FAILED
-        assert self.run is not None
-        self.result |= self.run.result() | {"status": status}
-        if status == "diverged":
-            print(f"{self.folder}: diverged at iteration {self.result['iters']}: a loss is not finite.")
-        return DONE
+            self.end(error)
+            return None
 
-    def train(self, device: str | None, stop: Callable[[], bool]) -> str:
+    def make(self, device: str | None, stop: Callable[[], bool]) -> pack.Member:
         folder, result = self.folder, self.result
         config, corpus = load_run(folder, plugins=True)
         config = with_vocabulary(config, corpus.meta.vocab_size)
@@ -202,13 +227,46 @@ class _Trial:
         )
         self.run = Run(config, corpus, folder, chosen)
         result["provenance"] = {**provenance(chosen), "data": corpus.meta.content_hash}
-        return self.run.run(self.tracker, Line(config), stop)
+        return pack.Member(self.run, self.tracker, Line(config, self.out), stop)
+
+    def end(self, how: str | Exception) -> None:
+        """Writes and tells what became of the run, and frees it."""
+        try:
+            self.code = self.judge(how)
+            if self.code != STOPPED:
+                write_result(self.folder, self.result)
+        except OSError as error:  # the other runs go on
+            self.code = FAILED
+            self.say(f"{self.folder}: the result could not be written ({error}).")
+        if self.tracker is not None:
+            self.tracker.finish(None if self.code == STOPPED else self.result)  # may wait for uploads: after the result
+        self.close()
+
+    def judge(self, how: str | Exception) -> int:
+        """Puts into the result what the run ended with: DONE, FAILED or STOPPED."""
+        if isinstance(how, Stopped):
+            self.say(f"{self.folder}: stopped; it continues where it is.")
+            return STOPPED
+        measured = self.run.result() if self.run is not None else {}
+        if measured:
+            measured["peak_memory_bytes"] //= self.size
+        if isinstance(how, Exception):
+            whole = str(how) if isinstance(how, ConfigError) else "".join(traceback.format_exception(how)).rstrip()
+            told = "\n".join(whole.splitlines()[-TRACEBACK_LINES:])
+            self.say(whole)
+            self.result |= measured | {"status": "failed", "val_loss": None, "error": told}
+            self.result["provenance"] = self.result["provenance"] or provenance(None)
+            return FAILED
+        self.result |= measured | {"status": how}
+        if how == "diverged":
+            self.say(f"{self.folder}: diverged at iteration {self.result['iters']}: a loss is not finite.")
+        return DONE
 
 
 class StopFlag:
     """True once the process was asked to end, from `with` to its end. `hard` is true once it was asked again.
 
-    hard_ends: whether the second Ctrl-C ends this process at once.
+    hard_ends: whether the second time ends this process at once.
     """
 
     def __init__(self, hard_ends: bool = True) -> None:
@@ -225,9 +283,9 @@ class StopFlag:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked += 1
-        if self.hard and self.hard_ends and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+        if self.hard and self.hard_ends:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __call__(self) -> bool:
         return self.asked > 0
@@ -238,19 +296,25 @@ class StopFlag:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.worker", description="Trains the run of one folder.")
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(prog="python -m lab.worker", description="Trains the runs of folders.")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--device", help="instead of train.device")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--lock", type=int, help="an open file, by number, that holds the run's lock")
+    parser.add_argument(
+        "--lock", type=int, action="append", default=[], help="an open file, by number, that holds a run's lock"
+    )
     words = parser.parse_args()
+    if len(words.lock) not in (0, len(words.folders)):
+        parser.error(
+            f"{len(words.lock)} --lock for {len(words.folders)} folders: each needs one, in their order, or none"
+        )
     if words.threads:
         torch.set_num_threads(words.threads)
-    if words.lock is not None:
-        os.set_inheritable(words.lock, False)
-    lock = None if words.lock is None else os.fdopen(words.lock, "a+")
+    for number in words.lock:
+        os.set_inheritable(number, False)
     with StopFlag() as stop:
-        return run_trial(words.folder, device=words.device, stop=stop, lock=lock)
+        locks = [os.fdopen(number, "a+") for number in words.lock]
+        return run_pack(words.folders, device=words.device, stop=stop, locks=locks)
 
 
 if __name__ == "__main__":

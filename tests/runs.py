@@ -64,6 +64,8 @@ class Points(Cosine):
             if flag is not None and flag():
                 (folder / f"{name}.asked").touch()
             time.sleep(0.005)
+        if self.options.label == "raising" and i == 4:
+            raise RuntimeError("no schedule today")
         if self.options.label == "dying" and i == 4:
             print("last words", flush=True)
             os._exit(3)
@@ -184,11 +186,14 @@ def until(true: Callable[[], bool]) -> None:
 
 @dataclass
 class Lab:
-    """A folder with a sweep file over the plugin's labels; `points` holds the files that trials wait for."""
+    """A folder with a sweep file over the plugin's labels; `points` holds the files that trials wait for.
+
+    pack: runner.pack; a process for each run unless a test is about packs."""
 
     home: Path
     data: Path
     labels: tuple[str, ...] = ("a", "b")
+    pack: int | str = "off"
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -201,6 +206,7 @@ class Lab:
     @property
     def file(self) -> Path:
         made = tree(self.data, name="s", plugins=["extra.py"], runner__root=str(self.home / "runs"))
+        made["runner"]["pack"] = self.pack
         made["train"] |= {"max_iters": 6, "eval_interval": 6}
         made["schedule"] = {"variant": "points"}
         made["sweep"] = {"grid": {"schedule.label": list(self.labels)}, "baseline": {"schedule.label": self.labels[0]}}

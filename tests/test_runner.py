@@ -26,7 +26,7 @@ SWEEP_FILES = {".runner", "leaderboard.csv", "plots", "report.html", "sweep.db",
 RESULT = {
     *("status", "val_loss", "best_val_loss", "train_loss", "iters", "tokens", "seconds", "tokens_per_second"),
     *("parameters", "trainable_parameters", "flops_per_token", "peak_memory_bytes", "run_id", "cell", "seed"),
-    *("attempt", "error", "provenance"),
+    *("attempt", "pack", "error", "provenance"),
 }
 
 

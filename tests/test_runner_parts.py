@@ -25,7 +25,7 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 lock = (folder / ".lock").open("a+")
 fcntl.flock(lock, fcntl.LOCK_EX)
-signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch())
+signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").open("a").write("x"))
 lock.write(str(os.getpid()))
 lock.flush()
 (folder / "ready").touch()
@@ -40,11 +40,13 @@ def test_an_adopted_trial_is_asked_and_then_ended(tmp_path: Path) -> None:
     try:
         until((tmp_path / "ready").exists)
         executor = LocalExecutor([Slot("cpu", 1)])
-        assert executor.start(tmp_path).process is None and executor.free == []
+        assert executor.start([tmp_path]).process is None and executor.free == []
         assert store.holder(tmp_path) == trial.pid and list(executor.finished()) == []
-        executor.stop((tmp_path / "asked").exists)
-        assert trial.wait(PATIENCE) == -signal.SIGKILL and (tmp_path / "asked").exists()
-        assert [code for _, code in executor.finished()] == [0]
+        looks = iter([False] * 4 + [True] * 999)
+        executor.stop(lambda: (tmp_path / "asked").exists() and next(looks))
+        assert trial.wait(PATIENCE) == -signal.SIGKILL
+        assert (tmp_path / "asked").read_text() == "x", "asked a second time, a trial ends at once"
+        assert [code for *_, code in executor.finished()] == [0]
         assert len(executor.free) == 1 and store.holder(tmp_path) is None
     finally:
         trial.kill()
@@ -52,13 +54,14 @@ def test_an_adopted_trial_is_asked_and_then_ended(tmp_path: Path) -> None:
 
 
 def test_what_a_process_begins_with_is_the_user_s_choice() -> None:
+    workspace = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
     for given in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}):
-        environment = dict(given)
+        environment = given | workspace
         begin(environment)
-        assert environment == given
+        assert environment == given | workspace
     environment = {}
     begin(environment)
-    assert environment == {"GOMP_SPINCOUNT": SPIN}
+    assert environment == {"GOMP_SPINCOUNT": SPIN, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def test_slots() -> None:

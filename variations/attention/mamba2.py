@@ -53,8 +53,10 @@ class StepBias:
 class StepOptions:
     """Shared by mixers whose state decays by exp(-dt A)."""
 
-    dt_min: float = opt(0.001, "Smallest step size at the start, where the linear map's share of it is none.", gt=0.0)
-    dt_max: float = opt(0.1, "Largest step size at the start.", gt=0.0)
+    dt_min: float = opt(
+        0.001, "Smallest step size at the start, where the linear map's share of it is none.", gt=0.0, knob=True
+    )
+    dt_max: float = opt(0.1, "Largest step size at the start.", gt=0.0, knob=True)
     d_conv: int = opt(4, "Positions that the short convolution sees, the present one included.", ge=1)
     chunk: int = opt(64, "Positions that are computed at once; changes speed and roundings alone.", ge=1)
     norm_eps: float = opt(1e-5, "Added to the mean square in the output's norm.", gt=0.0)

@@ -31,9 +31,10 @@ class LoRA(nn.Module):
     class Options:
         """Options of LoRA."""
 
-        rank: int = opt(8, "Rank of what is added.", ge=1)
+        # The one knob that changes a shape: in a pack, A and B are padded with zeros to the largest rank.
+        rank: int = opt(8, "Rank of what is added.", ge=1, knob=True)
         alpha: float = opt(16.0, "What is added is multiplied by alpha / rank.", gt=0.0, knob=True)
-        dropout: float = opt(0.0, "Probability of dropping an input of A.", ge=0.0, lt=1.0)
+        dropout: float = opt(0.0, "Probability of dropping an input of A.", ge=0.0, lt=1.0, knob=True)
         rslora: bool = opt(False, "Divide alpha by the root of the rank instead.")
 
     lora_a: nn.Parameter
