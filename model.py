@@ -129,9 +129,11 @@ class GPT(nn.Module):
     def compiled(self) -> Any:
         """The model compiled; of stacked layers each block, so that blocks that are alike are compiled once."""
         if not isinstance(self.h, Stack):
-            return torch.compile(self)
+            return torch.compile(
+                self, dynamic=False
+            )  # batches of training and of evaluation, each compiled for its size
         for block in self.h:
-            block.compile()
+            block.compile(dynamic=False)
         return self
 
     def statistics(self) -> dict[str, dict[str, float]]:

@@ -34,6 +34,7 @@ class Fold:
         self.stacks: dict[str, nn.Parameter] = {}  # by the first name of what trains
         self.members: dict[str, list[Any]] = {}  # and each model's own
         self.knobs: dict[str, Tensor] = {}  # by name: buffers of every run
+        self.moving: list[str] = []  # those of them that are in checkpoints
         self.sizes = sizes(models)
         with torch.no_grad():
             self.model = copy.deepcopy(models[0])
@@ -111,6 +112,8 @@ class Fold:
                 stack = known[id(first)]
                 for owner, mine in zip(owners, stack, strict=True):
                     owner._buffers[name] = mine
+                if name not in module._non_persistent_buffers_set:
+                    self.moving.append(f"{path}.{name}")
                 del module._buffers[name]
                 module.__dict__[name] = Folded(stack, self.batch)
 

@@ -74,7 +74,11 @@ def knee(courses: Sequence[Course]) -> int:
     speeds = {1: solo_speed(courses[0].run)}
     used: dict[int, int] = {}
     count = 2
-    while count <= len(courses) and (some := together(courses[:count])):
+    while count <= len(courses):
+        some = together(courses[:count])
+        count *= 2
+        if len(some) < 2 or len(some) in speeds:
+            continue  # no such number of runs can be told from the model's sizes; a larger one may
         if len(used) > 1 and _memory(used, len(some)) > ROOM * _total(device):
             break
         try:
@@ -88,7 +92,6 @@ def knee(courses: Sequence[Course]) -> int:
             break
         if len(speeds) > 2 and speeds[len(some)] < WORTH * list(speeds.values())[-2]:
             break
-        count *= 2
     return max(speeds, key=lambda n: speeds[n])
 
 
@@ -115,7 +118,8 @@ def solo_speed(run: Run) -> float:
         synchronise(run.device)
         calls += 1
     passed = time.perf_counter() - started
-    run.state, run.losses, run.grad_norm, run.telemetry = state, [], None, None
+    vars(run.state).update(vars(state))  # the same object, which its course has too
+    run.losses, run.grad_norm, run.telemetry = [], None, None
     run.optimizers.zero_grad()
     load_weights(run.plain, values)
     run.optimizers.load(moments)

@@ -53,6 +53,8 @@ class Table:
         self.device = runs[0].device
         rows = self._rows()
         self.values, self.gradients, self.places = fold.gather()
+        for run in runs:
+            run.optimizers.settle()
         self.shares = self._shares(rows)
         self.kinds = self._kinds()
         self.column = torch.zeros(

@@ -36,10 +36,12 @@ class Together:
         self.device, self.dtype, self.corpus = first.device, first.config.train.dtype, first.corpus
         self.exact = (self.device.type == "cpu" or first.config.train.deterministic) if exact is None else exact
         self.fold = Fold([run.plain for run in self.runs], self.exact)
-        self.table = None if self.exact else Table(self.fold, self.runs)
         for run in self.runs:
-            run.optimizers.settle()
-            run.fetch = self.tell
+            run.optimizers.settle()  # also where what follows fails, and the runs go on alone
+        self.table = None if self.exact else Table(self.fold, self.runs)
+        self.before: list[dict[str, Tensor]] = [
+            {} for _ in self.runs
+        ]  # buffers that training moves, at the start of an update
         self.model: Any = self.fold.model
         if first.config.train.compile:
             self.fold.model = self.model.compiled()
@@ -48,6 +50,9 @@ class Together:
         self.history: list[tuple[Tensor, list[int], list[int]]] = []  # losses [R], whose they are, whose update was due
         self.partial = np.zeros(self.count, np.float32)  # the loss of the update on its way
         self._static()
+        self._check()
+        for run in self.runs:
+            run.fetch = self.tell
 
     def _static(self) -> None:
         """What a step reads and writes, in memory that stays where it is."""
@@ -64,6 +69,16 @@ class Together:
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(on) if resident else None
         # Gradients that come and go cannot be captured.
         self.compute = Replay(self._compute, on if self.table is not None else torch.device("cpu"))
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raises ValueError where the model draws from torch's generator, which each run alone seeds for itself."""
+        cuda = self.device.type == "cuda"
+        before = torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state()
+        self.model.train()
+        self.forward(self.x, self.y)
+        if not torch.equal(before, torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state()):
+            raise ValueError("the model draws from torch's generator, of which runs that are folded have one")
 
     def live(self) -> list[int]:
         return [r for r, course in enumerate(self.courses) if course.ask is not None]
@@ -85,8 +100,11 @@ class Together:
         self.tell()
         for r, run in enumerate(self.runs):
             run.fetch = None
+            for name, value in self.before[r].items() if self.micro[r] else ():
+                self.fold.knobs[name][r].copy_(value)  # an update on its way begins anew
             if self.table is not None and self.courses[r].ask is not None:
                 self.table.save(r)
+        del self.compute  # what was captured holds memory
 
     def speed(self, seconds: float) -> float:
         """Training tokens a second of all runs together, by steps that move nothing."""
@@ -186,6 +204,8 @@ class Together:
             run = self.runs[r]
             micro = run.state.iter * self.steps[r] + self.micro[r]
             starts[r] = run.batches.starts(micro)
+            if self.micro[r] == 0:
+                self.before[r] = {name: self.fold.knobs[name][r].clone() for name in self.fold.moving}
             if run.dropping:
                 set_step(run.plain, run.config.train.seed, micro)
             self.micro[r] += 1
@@ -215,10 +235,10 @@ class Together:
             found = self.tokens[self.starts[:, None] + torch.arange(block + 1, device=self.device)].long()
             x, y = found[:, :-1], found[:, 1:]
         losses = self.forward(x, y)
-        self.told.copy_(losses.detach() / self.parts)
-        if (extra := self.model.added()) is not None:
-            losses = losses + extra
-        torch.where(self.alive, losses / self.parts, 0).sum().backward()
+        extra = self.model.added()
+        losses = (losses if extra is None else losses + extra) / self.parts
+        self.told.copy_(losses.detach() if extra is None else losses.detach() - extra.detach() / self.parts)
+        torch.where(self.alive, losses, 0).sum().backward()
         if self.table is not None:
             self.norms.copy_(self.table.step(self.factors, self.due))
             self.table.forget(self.due)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 
-import runs
 from engine import pack
 from engine.course import Course
 from engine.loop import Run

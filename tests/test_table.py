@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 
-import runs
 from core.weights import weights
 from engine import checkpoint, pack
 from engine.course import Course
@@ -189,8 +189,12 @@ def test_the_number_of_runs_is_measured_and_the_runs_stay_as_they_were(
     monkeypatch.setattr(pack, "PROBE", 0.01)
     every = [{"train__seed": i, "model__dropout": 0.1} for i in range(5)]
     some = members(root, tmp_path / "pack", every)
+    evaluated: dict[int, list[int]] = {i: [] for i in range(5)}
+    for i, member in enumerate(some):
+        member.say = lambda state, last, i=i: evaluated[i].append(state.iter) if last else None  # type: ignore[misc]
     told: dict[int, Any] = {}
     courses = [Course(member, lambda m, how: told.update({some.index(m): how})) for member in some]
+    courses[0].alone()  # the evaluation before the first update
     assert 1 <= pack.knee(courses) <= 5
     for course in courses:
         while course.ask is not None:
@@ -199,6 +203,7 @@ def test_the_number_of_runs_is_measured_and_the_runs_stay_as_they_were(
         alone = runs.make(tmp_path / "alone" / str(i), *runs.read(root, **{**SIZES, **changes}))
         runs.drive(alone)
         assert runs.saved_bytes(alone.folder) == runs.saved_bytes(some[i].run.folder)
+        assert evaluated[i] == [0, 4, 8]
 
 
 @pytest.mark.parametrize(
@@ -240,3 +245,13 @@ def test_an_optimizer_that_cannot_be_folded_says_why(root: Path, tmp_path: Path)
     one = Together([Course(member, lambda m, how: None) for member in some], exact=True)
     with pytest.raises(ValueError, match=r"wte.weight: adafactor's step"):
         Table(one.fold, [member.run for member in some])
+
+
+def test_runs_that_cannot_be_updated_together_go_on_alone(root: Path, tmp_path: Path) -> None:
+    """Their weights have been moved by then, and their own optimizers follow."""
+    every = [{"optimizer": {"variant": "adafactor"}, "train__seed": i} for i in range(3)]
+    assert together(root, tmp_path / "pack", every) == dict.fromkeys(range(3), "done")
+    for i, changes in enumerate(every):
+        alone = runs.make(tmp_path / "alone" / str(i), *runs.read(root, **{**SIZES, **changes}))
+        assert runs.drive(alone) == "done"
+        assert runs.saved_bytes(alone.folder) == runs.saved_bytes(tmp_path / "pack" / str(i))
