@@ -72,7 +72,7 @@ class TrainConfig:
     )
     compile: bool = opt(False, "Whether torch.compile is used.")
     deterministic: bool = opt(
-        False, "On a GPU: the same bits every time, and runs of a pack rounded as runs alone; slower.", identity=False
+        False, "On a GPU: the same bits every time, and runs of a pack rounded as runs alone; slower."
     )
     init_from: str | None = opt(
         None,
