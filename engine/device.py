@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,17 @@ def synchronise(device: torch.device) -> None:
     """Waits for queued CUDA work, so that a clock read afterwards counts it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def calls_per_second(act: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """How often a second something can be done, by doing it for so long."""
+    synchronise(device)
+    started, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds or not calls:
+        act()
+        synchronise(device)
+        calls += 1
+    return calls / passed
 
 
 class Replay:

@@ -6,7 +6,6 @@ Whoever starts a pack makes each run as it would alone. Folders, records, result
 from __future__ import annotations
 
 import copy
-import time
 import traceback
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from core.runs import fits, sizes
 from core.weights import load_weights, weights
 from engine.course import Course, Ended, take_turns
 from engine.course import Member as Member  # for those who start a pack
-from engine.device import peak_memory, synchronise
+from engine.device import calls_per_second, peak_memory
 from engine.loop import Run
 from engine.together import Together
 
@@ -111,16 +110,10 @@ def solo_speed(run: Run) -> float:
     moments = {name: t.clone() for name, t in run.optimizers.state().items()}
     for _ in range(3):
         run.update()
-    synchronise(run.device)
-    started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < PROBE:
-        run.update()
-        synchronise(run.device)
-        calls += 1
-    passed = time.perf_counter() - started
+    updates = calls_per_second(run.update, run.device, PROBE)
     vars(run.state).update(vars(state))  # the same object, which its course has too
     run.losses, run.grad_norm, run.telemetry = [], None, None
     run.optimizers.zero_grad()
     load_weights(run.plain, values)
     run.optimizers.load(moments)
-    return calls * run.config.tokens_per_iter / passed
+    return updates * run.config.tokens_per_iter

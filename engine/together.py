@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.runs import Fold, fits
 from engine.course import Course
-from engine.device import Replay, autocast, move, synchronise
+from engine.device import Replay, autocast, calls_per_second, move
 from engine.table import Table
 from model import cross_entropy
 from variations.dropout import set_step
@@ -113,18 +113,12 @@ class Together:
         self.model.train()
         for _ in range(Replay.WARM + 2):
             self.compute()
-        synchronise(self.device)
-        started, calls = time.perf_counter(), 0
-        while time.perf_counter() - started < seconds:
-            self.compute()
-            synchronise(self.device)
-            calls += 1
-        passed = time.perf_counter() - started
+        steps = calls_per_second(self.compute, self.device, seconds)
         for name, knob in kept.items():
             self.fold.knobs[name].copy_(knob)
         if self.table is not None:
             self.table.gradients.zero_()
-        return calls * self.x.numel() / passed
+        return steps * self.x.numel()
 
     # Evaluations and checkpoints --------------------------------------------------------------------------------------------
 

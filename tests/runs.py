@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import train
-from engine import checkpoint
+from engine import checkpoint, pack
 from engine.corpus import CharTokenizer, write_corpus
 from engine.data import Corpus
 from engine.loop import Run, Stopped
@@ -138,6 +138,22 @@ def make(folder: Path, config: Config, corpus: Corpus) -> Run:
     """A run in `folder`, continued where it holds a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     return Run(config, corpus, folder, torch.device("cpu"))
+
+
+class Silent:
+    """Where records go that nobody reads."""
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+
+def members(root: Path, folder: Path, every: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[pack.Member]:
+    """Runs of `tree(root, ...)` for each of the changes, ready to be a pack."""
+    made = []
+    for i, changes in enumerate(every):
+        (folder / str(i)).mkdir(parents=True)
+        run = Run(*read(root, **changes), folder / str(i), torch.device(device))
+        made.append(pack.Member(run, Silent(), lambda state, evaluated: None, lambda: False))
+    return made
 
 
 def drive(run: Run, stop: Callable[[], bool] = lambda: False) -> str:

@@ -11,7 +11,6 @@ import torch
 
 from engine import pack
 from engine.course import Course
-from engine.loop import Run
 from engine.together import Together
 
 pytestmark = pytest.mark.gpu
@@ -31,18 +30,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
 
 
-class Silent:
-    def log(self, record: dict[str, Any]) -> None: ...
-
-
 def members(root: Path, folder: Path, every: list[dict[str, Any]]) -> list[pack.Member]:
-    made = []
-    for i, changes in enumerate(every):
-        (folder / str(i)).mkdir(parents=True)
-        config, corpus = runs.read(root, **{**SIZES, **changes})
-        run = Run(config, corpus, folder / str(i), torch.device("cuda", 0))
-        made.append(pack.Member(run, Silent(), lambda state, evaluated: None, lambda: False))
-    return made
+    return runs.members(root, folder, [{**SIZES, **changes} for changes in every], "cuda:0")
 
 
 @pytest.mark.parametrize("most", [None, 3, 8])

@@ -37,16 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
 
 
-class Silent:
-    def log(self, record: dict[str, Any]) -> None: ...
-
-
 def members(root: Path, folder: Path, every: list[dict[str, Any]]) -> list[pack.Member]:
-    made = []
-    for i, changes in enumerate(every):
-        run = runs.make(folder / str(i), *runs.read(root, **{**SIZES, **changes}))
-        made.append(pack.Member(run, Silent(), lambda state, evaluated: None, lambda: False))
-    return made
+    return runs.members(root, folder, [{**SIZES, **changes} for changes in every])
 
 
 def together(root: Path, folder: Path, every: list[dict[str, Any]]) -> dict[int, Any]:
