@@ -1,7 +1,7 @@
 """Stacked layers: the blocks of a model with every weight stored once for all of them, as one parameter [L, ...].
 
-The blocks stay the modules they are, with their paths, buffers and hooks. Their parameters are views of the stack's, made by one
-`unbind` for each weight in each forward pass. Addresses, files and values are those of the unstacked model.
+The blocks stay the modules they are, with their paths, buffers and hooks. Their parameters are views of the stack's, made once.
+Addresses, files and values are those of the unstacked model.
 """
 
 from __future__ import annotations

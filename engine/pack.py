@@ -84,9 +84,11 @@ def knee(courses: Sequence[Course]) -> int:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             pack = Together(some, exact=False)
-            speeds[len(some)] = pack.speed(PROBE)
+            try:
+                speeds[len(some)] = pack.speed(PROBE)
+            finally:  # also where memory ran out, which it holds
+                pack.leave()
             used[len(some)] = peak_memory(device)
-            pack.leave()
         except torch.OutOfMemoryError:
             break
         if len(speeds) > 2 and speeds[len(some)] < WORTH * list(speeds.values())[-2]:

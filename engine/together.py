@@ -111,13 +111,15 @@ class Together:
         kept = {name: knob.clone() for name, knob in self.fold.knobs.items()}
         self.place(np.zeros((self.count, self.runs[0].config.train.batch_size), np.int64), range(self.count), [])
         self.model.train()
-        for _ in range(Replay.WARM + 2):
-            self.compute()
-        steps = calls_per_second(self.compute, self.device, seconds)
-        for name, knob in kept.items():
-            self.fold.knobs[name].copy_(knob)
-        if self.table is not None:
-            self.table.gradients.zero_()
+        try:
+            for _ in range(Replay.WARM + 2):
+                self.compute()
+            steps = calls_per_second(self.compute, self.device, seconds)
+        finally:
+            for name, knob in kept.items():
+                self.fold.knobs[name].copy_(knob)
+            if self.table is not None:
+                self.table.gradients.zero_()
         return steps * self.x.numel()
 
     # Evaluations and checkpoints --------------------------------------------------------------------------------------------
