@@ -45,6 +45,7 @@ class Together:
         self.model: Any = self.fold.model
         if first.config.train.compile:
             self.fold.model = self.model.compiled()
+        self.moving = False  # while a table changes weights
         self.micro = [0] * self.count  # micro-batches of the update on its way
         self.steps = [run.config.train.gradient_accumulation_steps for run in self.runs]
         self.history: list[tuple[Tensor, list[int], list[int]]] = []  # losses [R], whose they are, whose update was due
@@ -178,7 +179,12 @@ class Together:
         started = time.perf_counter()
         due = self.prepare(live)
         self.model.train()
-        self.compute()
+        try:
+            self.compute()
+        except Exception as error:
+            for r in live if self.moving else ():  # weights are half moved: their checkpoints are whole
+                self.courses[r].end(error)
+            raise
         self.history.append((self.told.clone(), list(live), due))
         for r in due:
             self.micro[r] = 0
@@ -236,8 +242,10 @@ class Together:
         self.told.copy_(losses.detach() if extra is None else losses.detach() - extra.detach() / self.parts)
         torch.where(self.alive, losses, 0).sum().backward()
         if self.table is not None:
+            self.moving = True
             self.norms.copy_(self.table.step(self.factors, self.due))
             self.table.forget(self.due)
+            self.moving = False
 
     def finish(self, due: Sequence[int]) -> None:
         """The updates by each run's own optimizers."""

@@ -247,3 +247,20 @@ def test_runs_that_cannot_be_updated_together_go_on_alone(root: Path, tmp_path: 
         alone = runs.make(tmp_path / "alone" / str(i), *runs.read(root, **{**SIZES, **changes}))
         assert runs.drive(alone) == "done"
         assert runs.saved_bytes(alone.folder) == runs.saved_bytes(tmp_path / "pack" / str(i))
+
+
+def test_an_update_that_breaks_off_leaves_its_runs_to_their_checkpoints(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some weights have moved by then. What fails before that is harmless, and the runs go on alone."""
+    every = [{"train__seed": i} for i in range(3)]
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "_elements", broken)
+        told = together(root, tmp_path / "update", every)
+    assert all(isinstance(how, RuntimeError) for how in told.values()) and len(told) == 3
+    monkeypatch.setattr(Together, "forward", broken)
+    assert together(root, tmp_path / "forward", every) == dict.fromkeys(range(3), "done")
