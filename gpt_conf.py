@@ -47,7 +47,7 @@ class SiteRule(Rule):
 class ModelConfig:
     """A GPT. Letters in shapes: B batch, T time, C n_embd, H heads, K kv heads, D head_dim, F mlp width, V vocabulary."""
 
-    n_layer: int = opt(4, "Number of blocks.", ge=1, le=10_000)
+    n_layer: int = opt(4, "Number of blocks.", ge=1, le=2000)
     n_head: int = opt(4, "Number of query heads.", ge=1)
     n_kv_head: int | None = opt(None, "Number of key and value heads; null means as many as query heads.", ge=1)
     n_embd: int = opt(128, "Width of the residual stream.", ge=1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from convert.gains import fold_gains
 from core.lora import merge
+from core.saved import latest
 from core.weights import load_weights
 from core.yaml_files import ConfigError
-from engine import checkpoint
 from engine.corpus import Tokenizer, load_tokenizer
 from engine.device import pick
 from lab.listing import load_run
@@ -31,9 +31,9 @@ def load(folder: Path, device: torch.device, plugins: bool) -> tuple[GPT, Tokeni
     if not (folder / "config.yaml").is_file() and (inner := sorted(folder.glob("*/config.yaml"))):
         raise ConfigError(f"{folder} is a sweep; name one of its runs, for example {inner[0].parent}.")
     config, corpus = load_run(folder, plugins=plugins)
-    saved = checkpoint.latest(folder / "checkpoint")
+    saved = latest(folder / "checkpoint", ["model"])
     if saved is None:
-        raise ConfigError(f"{folder} has no checkpoint yet.")
+        raise ConfigError(f"{folder} has no checkpoint that can be read.")
     separate = replace(
         with_vocabulary(config, corpus.meta.vocab_size).model, stack_layers=False
     )  # the files are the same

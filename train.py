@@ -26,6 +26,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="with --dry-run or --slices")
     parser.add_argument("--list", nargs="?", const="", metavar="KIND", help="the catalogue of variations")
     parser.add_argument("--yes", action="store_true", help="start more runs than sweep.max_runs")
+    parser.add_argument(
+        "--detach", action="store_true", help="stopping leaves running trials behind, to be taken up again"
+    )
+    parser.add_argument("--takeover", action="store_true", help="take over a sweep whose runner's machine is dead")
     given = parser.parse_intermixed_args(words)
     if given.json and not (given.dry_run or given.slices):
         parser.error("--json goes with --dry-run or --slices")
@@ -65,12 +69,12 @@ def act(given: argparse.Namespace) -> int:
         return show_slices(listing, given.json)
     if given.dry_run:
         return show_runs(listing, given.json)
-    limit, count = listing.expansion.sweep.max_runs, len(listing.runs)
+    limit, count = listing.expansion.sweep.max_runs, len(listing.runs) + listing.more_to_come
     if count > limit and not given.yes:
         raise ConfigError(f"sweep.max_runs: {count:,} runs are more than {limit:,}. Start them with --yes.")
-    from lab.runner import run
+    from lab.runner import Manner, run
 
-    return run(listing)
+    return run(listing, Manner(given.detach, given.takeover))
 
 
 def show_runs(listing: Any, as_json: bool) -> int:
@@ -101,6 +105,8 @@ def show_runs(listing: Any, as_json: bool) -> int:
     seeds = len({r.seed for r in listing.runs})
     print(f"{listing.folder}: {expansion.cells} cells x {seeds} seeds = {len(listing.runs)} runs, {done} done")
     print(f"excluded: {expansion.excluded} cells; duplicates merged: {expansion.duplicates} cells")
+    if listing.more_to_come:
+        print(f"searches: up to {listing.more_to_come:,} more runs, chosen from the results of others")
     for base in untrained(listing):
         print(f"trained first, as other runs start from it: {base.folder} ({base.path})")
     for run in listing.runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -115,21 +116,50 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """Jobs of a Slurm cluster. Each trial is one task of a job array."""
+
+    partition: str | None = opt(None, "Partition; null means the cluster's own default.")
+    account: str | None = opt(None, "Account that is charged; null means the user's own.")
+    time: int = opt(1440, "Minutes that a job may take; one that is ended by it is continued by another.", ge=1)
+    cpus: int = opt(4, "CPU cores of a trial.", ge=1)
+    memory: float | None = opt(None, "GiB of a trial; null means the cluster's own default.", gt=0.0)
+    at_once: int = opt(1000, "Jobs that wait or run at a time.", ge=1)
+    setup: tuple[str, ...] = opt((), "Shell lines before a trial starts, such as module load.")
+    more: dict[str, Any] = opt({}, "Further options of sbatch, by their long names.")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Tasks of a Ray cluster."""
+
+    address: str | None = opt(None, "Address of the cluster; null starts one on this machine.")
+    cpus: float = opt(1.0, "CPU cores of a trial.", gt=0.0)
+    gpus: float | None = opt(
+        None, "GPUs of a trial; null means runner.devices_per_trial where the cluster has GPUs.", ge=0.0
+    )
+
+
+@dataclass(frozen=True)
 class RunnerConfig:
     """How the runs of a sweep are carried out. Nothing here changes a result."""
 
-    executor: Literal["local"] = opt("local", "Where trials run.")
+    executor: Literal["local", "slurm", "ray"] = opt("local", "Where trials run.")
     devices: str | tuple[str, ...] = opt(
         "auto", "Devices of the trials: auto, cpu, or a list such as [cuda:0, cuda:1]."
     )
     per_device: int | Literal["auto"] = opt(
-        "auto", "Trials at a time on one device; auto is one a GPU, and one a core on a CPU.", ge=1
+        "auto", "Trials at a time on one device; auto is as many as memory holds on a GPU, one a core on a CPU.", ge=1
     )
+    devices_per_trial: int = opt(1, "Devices, or on a CPU processes, that train one run together.", ge=1)
+    warm: bool = opt(True, "Whether a process trains one run after another; false starts one for each trial.")
     pack: int | Literal["auto", "off"] = opt(
         "auto", "Runs that differ in numbers alone and are trained in one process: at most so many, auto or off.", ge=1
     )
     threads: int | None = opt(None, "CPU threads of a trial; null divides the cores among the trials.", ge=1)
     root: str = opt("runs", "Folder of the run folders.")
+    slurm: SlurmConfig = node(SlurmConfig, "With executor: slurm.")
+    ray: RayConfig = node(RayConfig, "With executor: ray.")
 
 
 @dataclass(frozen=True)
@@ -143,6 +173,9 @@ class RunInfo:
     content: dict[str, str] = opt({}, "Hashes of the data, plugins and base that the run was made with.")
     wandb: str = opt("off", "The tracking mode that the sweep resolved.")
     base: str = opt("", "The run folder whose weights the run starts from, if any.")
+    stop: dict[str, Any] = opt(
+        {}, "The sweep's early stopping, if any: method, min_iters, eta and the objective's mode."
+    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +243,7 @@ def load_plugins(
     for i, name in enumerate(files):
         where = f" ({place(i)})" if place(i) else ""
         path = (folder / name).resolve()
-        if not path.is_file() or path.suffix != ".py":
+        if path.suffix != ".py" or not os.path.isfile(path):
             beside = [p.name for p in path.parent.glob("*.py")]
             raise ConfigError(f"plugins: there is no Python file '{shown(path)}'{where}. {nearest(path.name, beside)}")
         content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]

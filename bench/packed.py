@@ -354,7 +354,7 @@ def verdict(name: str, times: Mapping[str, Sequence[float]], floor: float) -> di
 
 
 def in_turns(runs: list[Run]) -> None:
-    pack.train([member(run) for run in runs], on_end, fold=False)
+    pack.train([partial(member, run) for run in runs], on_end, fold=False)
 
 
 def one_by_one(runs: list[Run]) -> None:

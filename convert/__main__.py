@@ -8,13 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from convert.effective import effective_weights
 from convert.gains import fold_gains
 from core.lora import adapter_weights, merge
 from core.options import Reader
-from core.weights import load_weights, saved_folders
+from core.saved import latest
+from core.weights import load_weights
 from core.yaml_files import ConfigError
 from core.yaml_files import load_file as load_yaml
 from model import GPT, assemble, fill
@@ -33,10 +34,10 @@ def load(folder: Path) -> GPT:
     config = reader.read(Config, loaded.tree)
     if config is None:
         raise ConfigError(*(m.sentence(loaded.places.get(m.path)) for m in reader.mistakes))
-    found = saved_folders(folder / "checkpoint")
-    if not found:
-        raise ConfigError(f"{folder} has no checkpoint yet.")
-    saved = load_file(found[-1] / "model.safetensors")
+    found = latest(folder / "checkpoint", ["model"])
+    if found is None:
+        raise ConfigError(f"{folder} has no checkpoint that can be read.")
+    saved = found.model()
     # Stacked or not, files are the same; separate layers have the names that other tools know.
     plain = replace(config.model, vocab_size=saved["wte.weight"].shape[-2], stack_layers=False)
     model, rows = assemble(plain, config.slices, config.optimizer)

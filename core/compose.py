@@ -26,7 +26,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.options import Path, nearest
-from core.yaml_files import SUFFIXES, ConfigError, Loaded, load_file
+from core.secrets import exposed, secrets
+from core.yaml_files import SUFFIXES, ConfigError, Loaded, load_file, shown
 
 PRIMARY = "__primary__"
 ORDERED_TABLES: tuple[Path, ...] = (
@@ -123,9 +124,10 @@ class Composed:
     places: dict[Path, str]
     folder: File
     packages: set[str] = field(default_factory=set)  # where files without a package header landed
+    file: str | None = None  # the place of what is written nowhere
 
     def place(self, path: Path) -> str | None:
-        """'file:line' of a key, or of one inside it (the command line sets single keys), or of the nearest above it."""
+        """'file:line' of a key, of one inside it (the command line sets single keys), or of the nearest above it; else the file."""
         if path not in self.places:
             inside = [place for below, place in self.places.items() if below[: len(path)] == path]
             if path and inside:
@@ -133,7 +135,7 @@ class Composed:
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
-        return None
+        return self.file
 
 
 class _Folder(ConfigSource):
@@ -214,9 +216,9 @@ def compose(primary: File, library: File, *, preset: bool = False) -> Composed:
             listed = create_defaults_list(_Repository(folders), PRIMARY, [], prepend_hydra=False, skip_missing=False)
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError, AssertionError, RecursionError) as error:
         raise ConfigError(_defaults_sentence(error, files, folders)) from None
-    composed = Composed({}, {}, primary.resolve().parent)
+    composed = Composed({}, {}, primary.resolve().parent, file=shown(primary))
     for default in listed.defaults:
         if default.config_path is not None:
             own = default.config_path == PRIMARY and not preset
@@ -292,9 +294,13 @@ def parse_overrides(words: Sequence[str]) -> list[Setting]:
 
     Raises ConfigError with a sentence for every word that cannot be read.
     """
-    parser, made, wrong = OverridesParser.create(), [], []
+    parser, known, made, wrong = OverridesParser.create(), secrets(), [], []
     for word in words:
         try:
+            if what := exposed(word, known):
+                raise ConfigError(
+                    f"{word}: it holds {what}, and configurations are saved with every run ({COMMAND_LINE})."
+                )
             made.append(_setting(parser.parse_override(word), word))
         except ConfigError as error:
             wrong += error.sentences

@@ -35,15 +35,21 @@ class Fold:
         self.members: dict[str, list[Any]] = {}  # and each model's own
         self.knobs: dict[str, Tensor] = {}  # by name: buffers of every run
         self.moving: list[str] = []  # those of them that are in checkpoints
+        self.shared: dict[str, nn.Parameter] = {}  # by name: frozen and the same in every run
+        self.fixed: dict[str, Tensor] = {}  # by name: buffers that are the same in every run
+        self.owners: list[tuple[str, str]] = []  # every name of a knob, and its first
         self.sizes = sizes(models)
         with torch.no_grad():
             self.model = copy.deepcopy(models[0])
             self._parameters()
             self._buffers()
-        self._show()
+        self._show(range(len(models)))
+        self.apart: dict[
+            str, list[Any]
+        ] = {}  # by path: every run's own module, of those that compute one run after another
         for path, module in self.model.named_modules():
             if getattr(module, "separately", None):
-                own = [model.get_submodule(path) for model in models]
+                self.apart[path] = own = [model.get_submodule(path) for model in models]
                 module.forward = partial(_separately, module, own, self.batch)
 
     def _parameters(self) -> None:
@@ -67,18 +73,20 @@ class Fold:
         if alike:
             for p in every:
                 p.data = every[0].data
+            self.shared[name] = every[0]
             return every[0]
         stack = nn.Parameter(_stacked(every), requires_grad=any(p.requires_grad for p in every))
         self.stacks[name] = stack
         self.members[name] = list(every)
         return Folded(stack, self.batch)
 
-    def _show(self) -> None:
-        """Lets the models see their parameters as they are now."""
+    def _show(self, runs: Collection[int]) -> None:
+        """Lets models see their parameters as they are now."""
         for name, stack in self.stacks.items():
-            for p, mine in zip(self.members[name], stack.data, strict=True):
-                p.data = part(mine, p.shape)
-        for module in (m for model in self.models for m in model.modules()):
+            for r in runs:
+                p = self.members[name][r]
+                p.data = part(stack.data[r], p.shape)
+        for module in (m for r in runs for m in self.models[r].modules()):
             if isinstance(module, Stack):
                 module.show()
 
@@ -95,21 +103,69 @@ class Fold:
             stack = self.stacks[name]
             values[place].view(stack.shape).copy_(stack.data)
             stack.data, stack.grad = values[place].view(stack.shape), gradients[place].view(stack.shape)
-        self._show()
+        self._show(range(len(self.models)))
         return values, gradients, places
 
+    def misfit(self, model: nn.Module) -> str | None:
+        """Why a model cannot take the place of one of these, or None where it can."""
+        odd = _names(model) ^ _names(self.models[0])
+        if odd:
+            return f"not all have {min(odd)}"
+        for name, stack in self.stacks.items():
+            p = _tensor(model, name)
+            if any(map(int.__gt__, p.shape, stack.shape[1:])) or (p.requires_grad and not stack.requires_grad):
+                return f"{name} is larger than in any other, or trains where theirs does not"
+        same = {**self.shared, **self.fixed}
+        other = next((name for name, t in same.items() if not torch.equal(_tensor(model, name), t)), None)
+        return None if other is None else f"{other} is the same in all others"
+
+    @torch.no_grad()
+    def put(self, r: int, model: nn.Module) -> None:
+        """Lets a model that fits take the place of another, of which nothing is left. The folded tensors stay where they are."""
+        for name, stack in self.stacks.items():
+            p = _tensor(model, name)
+            stack.data[r].zero_()
+            part(stack.data[r], p.shape).copy_(p)
+            self.members[name][r] = p
+        for name, p in self.shared.items():
+            _tensor(model, name).data = p.data
+        for name, key in self.owners:
+            owner, leaf = _place(model, name)
+            if name == key:
+                self.knobs[key][r].copy_(_tensor(model, name))
+            owner._buffers[leaf] = self.knobs[key][r]
+        for path, own in self.apart.items():
+            new: Any = model.get_submodule(path)
+            new.statistics = getattr(
+                own[r], "statistics", {}
+            )  # of a step that was captured these tensors are all there will be
+            own[r] = new
+        self.models[r] = model
+        self.sizes |= sizes([model])
+        self.forget(r)
+        self._show([r])
+
+    def forget(self, r: int) -> None:
+        """Lets a run's gradient begin anew."""
+        for stack in self.stacks.values():
+            if stack.grad is not None:
+                stack.grad[r].zero_()
+
     def _buffers(self) -> None:
-        known: dict[int, Any] = {}
+        known: dict[int, str] = {}
         for path, module in self.model.named_modules():
             for name, first in [(n, b) for n, b in module._buffers.items() if b is not None]:
                 owners = [m.get_submodule(path) for m in self.models]
                 every = [owner._buffers[name] for owner in owners]
                 fixed = first.dim() > 0 and name in module._non_persistent_buffers_set
                 if fixed and all(torch.equal(b, first) for b in every):  # type: ignore[arg-type]
+                    self.fixed[f"{path}.{name}"] = first
                     continue
                 if id(first) not in known:
-                    known[id(first)] = self.knobs[f"{path}.{name}"] = torch.stack(every)  # type: ignore[arg-type]
-                stack = known[id(first)]
+                    known[id(first)] = f"{path}.{name}"
+                    self.knobs[f"{path}.{name}"] = torch.stack(every)  # type: ignore[arg-type]
+                self.owners.append((f"{path}.{name}", known[id(first)]))
+                stack = self.knobs[known[id(first)]]
                 for owner, mine in zip(owners, stack, strict=True):
                     owner._buffers[name] = mine
                 if name not in module._non_persistent_buffers_set:
@@ -138,6 +194,21 @@ def sizes(models: Sequence[nn.Module]) -> set[int]:
 def fits(known: Collection[int], rows: int, time: int) -> bool:
     """Whether activations of all runs, of tokens [rows, time], can be told from everything else by their first size."""
     return all(size % rows for size in (*known, time) if size)
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and the tensor's name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _tensor(model: nn.Module, name: str) -> Any:
+    owner, leaf = _place(model, name)
+    return owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
 
 
 def _stacked(every: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from core.addresses import Labels, spelled
 from core.layout import Layout as Layout  # what declares a weight needs both
 
+LARGEST = 2**53  # numbers in one weight: a petabyte and more, and few enough for torch to count
+
 
 class Initialiser(Protocol):
     """What fills a slice. `str()` of it is what tables show. Optional attributes:
@@ -53,8 +55,12 @@ class Declaration:
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], declaration: Declaration) -> None:
-    """Gives `module` an empty parameter (on no device yet) and remembers what it is."""
+    """Gives `module` an empty parameter (on no device yet) and remembers what it is. Raises ValueError for too large a one."""
     declaration.layout.check(shape)
+    if math.prod(shape) > LARGEST:
+        raise ValueError(
+            f"'{name}' would be {' x '.join(f'{size:.4g}' for size in shape)} numbers, more than any machine holds"
+        )
     module.__dict__.pop(name, None)  # where it was announced as None
     module.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
     module.__dict__.setdefault("declarations", {})[name] = declaration

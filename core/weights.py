@@ -1,9 +1,8 @@
-"""The tensors of a model by name: each once, compared and filled strictly; and where checkpoints hold them."""
+"""The tensors of a model by name: each once, compared and filled strictly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +40,3 @@ def load_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-
-
-def saved_folders(root: Path) -> list[Path]:
-    """The folders of a run's checkpoints below `root`, oldest first; each is named after its iteration."""
-    found = [p for p in root.glob("[0-9]*") if p.name.isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name))

@@ -15,11 +15,15 @@ from typing import Any
 import yaml
 
 from core.options import Path, nearest
+from core.secrets import exposed, scrub, secrets
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_NODES = 200_000  # aliases expand: a kilobyte of nested anchors can mean billions of values
+MAX_WRITTEN = 50_000  # keys and values before that; reading them takes seconds
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 60
+MAX_BITS = 8192  # of an integer; Python writes no larger ones out
+MAX_SENTENCE = 2000  # characters; a value that a message repeats can be as long as its file
 _TAG = "tag:yaml.org,2002:"
 SCALARS = tuple(_TAG + name for name in ("str", "int", "float", "bool", "null"))
 
@@ -28,8 +32,17 @@ class ConfigError(ValueError):
     """The configuration is wrong. `sentences` has one for every mistake."""
 
     def __init__(self, *sentences: str) -> None:
-        super().__init__("\n".join(sentences))
-        self.sentences = list(sentences)
+        self.sentences = [printable(scrub(sentence)) for sentence in sentences]
+        super().__init__("\n".join(self.sentences))
+
+
+def printable(text: str) -> str:
+    """One line that does no harm to a terminal: without its middle where it is long, control characters written as escapes."""
+    if len(text) > MAX_SENTENCE:
+        text = f"{text[: MAX_SENTENCE // 2]} ... {text[-MAX_SENTENCE // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 @dataclass
@@ -42,8 +55,24 @@ class Loaded:
     folder: File | None = None  # where the file lies
 
 
+class _TooMuch(yaml.MarkedYAMLError):
+    """A file that is too deep or too long."""
+
+
 class _Scalars(yaml.SafeLoader):
-    """PyYAML's safe scalars with OmegaConf's numbers and without dates."""
+    """PyYAML's safe scalars with OmegaConf's numbers and without dates; refuses what is too deep or too much to read."""
+
+    written = depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.written, self.depth = self.written + 1, self.depth + 1
+        if self.written > MAX_WRITTEN or self.depth > MAX_DEPTH:
+            much = f"it is nested deeper than {MAX_DEPTH} levels"
+            much = much if self.depth > MAX_DEPTH else f"it has more than {MAX_WRITTEN:,} keys and values"
+            raise _TooMuch(problem=much, problem_mark=self.peek_event().start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Scalars.yaml_implicit_resolvers = {
@@ -78,6 +107,7 @@ class _Builder:
     places: dict[Path, str] = field(default_factory=dict)
     nodes: int = 0
     open: list[int] = field(default_factory=list)
+    secrets: dict[str, str] = field(default_factory=secrets)
 
     def fail(self, node: yaml.Node, text: str) -> ConfigError:
         return ConfigError(f"{text} ({self.place(node)}).")
@@ -121,9 +151,23 @@ class _Builder:
     def scalar(self, node: yaml.Node) -> Any:
         self.plain(node, *SCALARS)
         try:
-            return self.loader.construct_object(node)
+            made = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             raise self.fail(node, f"'{node.value}' cannot be read: {error}") from None
+        if isinstance(made, int) and made.bit_length() > MAX_BITS:
+            raise self.fail(node, f"'{node.value:.40}...' is larger than any number here")
+        if isinstance(made, str):
+            self.text(made, node)
+        return made
+
+    def text(self, text: str, node: yaml.Node) -> None:
+        """Refuses what no name and no path can hold, and what must not be saved with a run, wherever it stands."""
+        if what := exposed(text, self.secrets):
+            raise self.fail(node, f"it holds {what}, and configurations are saved with every run")
+        if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+            raise self.fail(
+                node, f"{text!r:.40} holds the character 0, or half of a pair of characters, which no text may"
+            )
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -140,6 +184,7 @@ class _Builder:
             if not isinstance(key, yaml.ScalarNode):
                 raise self.fail(key, "a key must be a word or a number")
             name = key.value
+            self.text(name, key)
             if name in lines:
                 raise self.fail(key, f"{'.'.join((*path, name))}: the key is given twice, first at {lines[name]}")
             lines[name] = self.place(key)
@@ -157,6 +202,14 @@ def load_text(text: str, name: str) -> Loaded:
         root = loader.get_single_node()
         builder = _Builder(name, loader)
         tree = None if root is None else builder.build(root, ())
+    except _TooMuch as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{error.problem} ({name}:{line}). A configuration is smaller.") from None
+    except yaml.reader.ReaderError as error:
+        at, character = int(error.position), f"U+{int(error.character):04X}"
+        raise ConfigError(
+            f"the character {character} is not allowed ({name}:{text.count(chr(10), 0, at) + 1}). This is not valid YAML."
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = [error.context] if error.context and (error.problem or "but").startswith("but") else []
@@ -195,8 +248,9 @@ def load_file(path: File) -> Loaded:
         raise ConfigError(f"{shown(path)}: there is no such file. {advice}".rstrip()) from None
     except OSError as error:
         raise ConfigError(f"{shown(path)} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{shown(path)} is not text (UTF-8).") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{shown(path)}:{line}: this is not text (UTF-8).") from None
     if path.suffix == ".json":
         text = text.replace("\t", " ")  # JSON indents with tabs too and cannot hold one in a text; YAML refuses them
     loaded = load_text(text, shown(path))

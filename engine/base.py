@@ -7,21 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from core.addresses import is_adapter
+from core.saved import Checkpoint, find, latest
 from core.weights import mismatch, weights
 from core.yaml_files import ConfigError
-from engine import checkpoint
-from engine.checkpoint import Checkpoint
 
 FILE = "model.safetensors"
 
 
 def newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint of a run folder, or None."""
-    return checkpoint.latest(folder / "checkpoint")
+    return latest(folder / "checkpoint")
+
+
+def damage(folder: Path) -> str:
+    """Why nothing can start from the newest weights of a run folder, as a sentence; empty where they are whole, or there are none.
+
+    Earlier ones are no substitute: other weights would be used under the same name.
+    """
+    _, wrong = find(folder / "checkpoint", ["model"])
+    advice = f"No run starts from damaged weights. Remove {folder} and train it anew, or start from another run."
+    return next((f"{why} {advice}" for why in wrong.values()), "")
 
 
 def shapes(saved: Checkpoint) -> dict[str, Tensor]:
@@ -50,16 +59,14 @@ def unfit(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> str:
 def load_base(model: nn.Module, folder: Path) -> None:
     """Fills the model's own tensors, adapters left out, from the newest checkpoint of the run folder `folder`.
 
-    Raises ConfigError where there is none, or where it is not exactly of this model.
+    Raises ConfigError where there is none, it is damaged, or it is not exactly of this model.
     """
+    if why := damage(folder):
+        raise ConfigError(why)
     saved = newest(folder)
     if saved is None:
         raise ConfigError(f"{folder}: there is no checkpoint to start from. Run the sweep's file again.")
-    own = weights(model)
-    try:
-        base = saved.model()
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{saved.folder}: the weights to start from cannot be read: {error}.") from error
+    own, base = weights(model), saved.model()
     if why := unfit(own, base):
         raise ConfigError(f"{saved.folder}: the run cannot start from it: {why}.")
     with torch.no_grad():

@@ -1,48 +1,34 @@
 """Checkpoints: weights and optimizer state as safetensors, the rest as JSON, written whole or not at all.
 
-checkpoint/<iteration>/ holds model.safetensors, optimizer.safetensors and state.json; the newest two are kept. Nothing in them is
-code or a class path.
+checkpoint/<iteration>/ holds model.safetensors, optimizer.safetensors and state.json (`core.saved` reads them); the newest two are
+kept. Nothing in them is code or a class path.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from core.weights import saved_folders
+from core.saved import PARTS, STATE, Checkpoint, file_name, find, latest, saved_folders, tell, written_state
 
+__all__ = ["PARTS", "Checkpoint", "latest", "resumed", "save"]
 KEPT = 2
-PARTS = ("model", "optimizer")
 WRITING = ".writing-"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One saved state. `state` is plain data."""
-
-    folder: Path
-    state: dict[str, Any]
-
-    def model(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "model.safetensors")
-
-    def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "optimizer.safetensors")
+DAMAGED = "damaged-"
 
 
 def save(
     root: Path, iteration: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Writes root/<iteration>/ beside the others, then renames it into place; drops older ones, what a killed process left
-    half written, and later iterations, which belong to a past that was left."""
+    half written, what was found damaged, and later iterations, which belong to a past that was left."""
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(f"{WRITING}*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -50,8 +36,8 @@ def save(
     part.mkdir()
     try:
         for name, tensors in zip(PARTS, (model, optimizer), strict=True):
-            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps(state, allow_nan=False))
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part / file_name(name))
+        (part / STATE).write_text(written_state(state, part))
         for written in (*part.iterdir(), part):
             _sync(written)
     except (OSError, SafetensorError):
@@ -63,7 +49,7 @@ def save(
     part.rename(final)
     _sync(root)
     valid = [folder for folder in saved_folders(root) if int(folder.name) <= iteration]
-    for old in {*saved_folders(root)} - {*valid[-KEPT:]}:
+    for old in {*saved_folders(root), *root.glob(f"{DAMAGED}*")} - {*valid[-KEPT:]}:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -76,16 +62,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None. Its tensors are read when they are asked for."""
-    for folder in reversed(saved_folders(root)):
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            for name in PARTS:
-                with safe_open(folder / f"{name}.safetensors", "pt"):  # checks the header against the file's length
-                    pass
-        except (OSError, ValueError, SafetensorError):
-            continue
-        if isinstance(state, dict) and isinstance(state.get("iter"), int):
-            return Checkpoint(folder, state)
-    return None
+def resumed(root: Path) -> Checkpoint | None:
+    """The checkpoint that a run continues from: the newest that is, down to each bit, what was written; None if it starts anew.
+
+    Damaged ones are told of on stderr and take another name until the next is saved, so that nobody takes them for whole ones.
+    """
+    found, wrong = find(root, PARTS)
+    if wrong:
+        tell(found, wrong)
+    for folder in wrong:
+        with contextlib.suppress(OSError):  # where nothing can be renamed, each process finds it out for itself
+            folder.rename(root / f"{DAMAGED}{folder.name}")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import platform
 import resource
 import subprocess
@@ -96,6 +97,25 @@ def peak_memory(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else rss * 1024
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it came of, says that a device, or the machine, had no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # of torch's allocator for CPUs
+        return True
+    before = (
+        error.__cause__ or error.__context__
+    )  # a capture that memory was too little for ends with an error of its own
+    return before is not None and out_of_memory(before)
+
+
+def free_memory() -> None:
+    """Gives back what is no longer used, also where objects that are gone refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:

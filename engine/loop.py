@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +20,10 @@ from engine.base import load_base
 from engine.data import Batches, Corpus, gather, windows
 from engine.device import autocast, claim, first_scale, move, next_scale, peak_memory, synchronise
 from engine.optim import Optimizers
+from engine.ranks import Ranks
+from engine.state import Paused, Tracker
+from engine.state import State as State
+from engine.state import Stopped as Stopped
 from model import GPT, assemble, fill, refill
 from train_args import Config
 from variations.dropout import Dropout, set_step
@@ -30,41 +33,16 @@ SEEDS = 2**63  # torch's generators take seeds below it
 Ask = tuple[Any, ...]  # what a run asks for, and with what
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved where it is."""
-
-
-class Tracker(Protocol):
-    """What takes the records of a run."""
-
-    def log(self, record: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class State:
-    """Where a run is: everything in a checkpoint beside tensors."""
-
-    iter: int = 0
-    steps: int = 0  # of the optimizer: float16 leaves some out
-    threads: int = 0  # sums of several threads have other last bits, so a run keeps its number
-    train_seconds: float = 0.0  # in updates
-    seconds: float = 0.0  # evaluations included
-    train_loss: float | None = None
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    grad_scale: float = 1.0
-    fitting: int = 0  # steps in a row that did not overflow
-    pending: list[float] = field(default_factory=list)  # losses since the last record
-    evaluated: int = -1  # the iteration of the last evaluation
-
-
 class Run:
     """A run of a configuration on a device. `tracker` takes its records, `say` its lines for people, `stop()` asks it to end.
 
-    Resumes from the newest checkpoint in `folder`; on a CPU the result is bit for bit that of an undisturbed run.
+    Resumes from the newest checkpoint in `folder`; on a CPU the result is bit for bit that of an undisturbed run. `ranks`: where
+    several processes train it, each of which does all of this but for writing.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, corpus: Corpus, folder: Path, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         torch.set_float32_matmul_precision(config.train.matmul_precision)
         claim(device, config.train.deterministic)
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
@@ -72,7 +50,8 @@ class Run:
         self.plain: GPT
         self.plain, self.rows = assemble(config.model, config.slices, config.optimizer)
         fill(self.plain, self.rows, init_seed, device)
-        if config.run.base and checkpoint.latest(folder / "checkpoint") is None:  # a run on its way needs it no more
+        saved = checkpoint.resumed(folder / "checkpoint")
+        if config.run.base and saved is None:  # a run on its way needs it no more
             load_base(self.plain, Path(config.run.base))
             refill(self.plain, self.rows, init_seed)
         self.model: Any = self.plain.compiled() if config.train.compile else self.plain
@@ -84,18 +63,18 @@ class Run:
         self.batches = Batches(corpus.train, **size, seed=data_seed)
         self.state = State(threads=torch.get_num_threads(), grad_scale=first_scale(config.train.dtype))
         self.dropping = any(isinstance(m, Dropout) and m.on for m in self.plain.modules())
+        self.ranks = ranks or Ranks()
+        self.share = self.ranks.share(self.plain, config.train.batch_size, config.train.gradient_accumulation_steps)
         self.losses: list[Any] = []  # tensors, or numbers where others have read them from the device
         self.fetch: Callable[[], None] | None = None  # what does that, before losses are looked at
         self.grad_norm: Any = None
         self.slice_norms: list[Tensor] = []  # of the gradient, by trained slice
         self.telemetry: Tensor | None = None  # [3, trained slices] of the last update that was watched
-        self.resume()
+        if saved is not None:
+            self.resume(saved)
 
-    def resume(self) -> None:
-        """Continues from the newest checkpoint, if there is one. Raises ConfigError where it is of another model."""
-        saved = checkpoint.latest(self.folder / "checkpoint")
-        if saved is None:
-            return
+    def resume(self, saved: checkpoint.Checkpoint) -> None:
+        """Continues from a checkpoint. Raises ConfigError where it is of another model."""
         try:
             self.state = State(**saved.state)
             load_weights(self.plain, saved.model())
@@ -110,6 +89,9 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint. Raises ConfigError with a sentence where the disk does not take it; older ones stay."""
         root = self.folder / "checkpoint"
+        self.ranks.alike(self.state.iter, weights(self.plain).values())
+        if self.ranks.rank:
+            return
         try:
             checkpoint.save(root, self.state.iter, weights(self.plain), self.optimizers.state(), vars(self.state))
         except (OSError, SafetensorError) as error:
@@ -122,27 +104,26 @@ class Run:
 
     def update(self) -> None:
         """One iteration: forward and backward over the micro-batches, clipping, a step at the schedule's rate."""
-        train, i = self.config.train, self.state.iter
+        train, i, share = self.config.train, self.state.iter, self.share
         self.optimizers.zero_grad()
         total: Tensor | None = None
-        for j in range(train.gradient_accumulation_steps):
+        for j in share.passes:
             micro = i * train.gradient_accumulation_steps + j
-            torch.manual_seed(
-                (train.seed * 1_000_003 + micro) % SEEDS
-            )  # for variations that draw from torch's generator
+            # For variations that draw from torch's generator: not the same numbers for other rows of a batch.
+            torch.manual_seed((train.seed * 1_000_003 + micro + share.part * 2**40) % SEEDS)
             if self.dropping:
                 set_step(self.plain, train.seed, micro)
-            x, y = (move(t, self.device) for t in self.batches(micro))
+            x, y = (move(t[share.rows], self.device) for t in self.batches(micro))
             with autocast(self.device, train.dtype):
                 _, loss = self.model(x, y)
-            loss = loss / train.gradient_accumulation_steps if train.gradient_accumulation_steps > 1 else loss
+            loss = loss / share.parts if share.parts > 1 else loss
             (loss * self.state.grad_scale if self.state.grad_scale != 1.0 else loss).backward()
             told = loss.detach()
             if (extra := self.plain.auxiliary) is not None:  # cross entropy alone compares with other models'
-                told = told - extra / train.gradient_accumulation_steps
+                told = told - extra / share.parts
             total = told if total is None else total + told
         assert total is not None
-        self.losses.append(total)
+        self.losses.append(self.ranks.reduce(self.optimizers.live, total))
         self.step()
         self.state.iter += 1
 
@@ -209,7 +190,7 @@ class Run:
         """Mean cross entropy in nats per token over fixed windows of the validation split: `iters` batches, or all of it."""
         torch.manual_seed(EVAL_SEED)  # for variations that draw
         self.model.eval()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0  # of this process's batches
         for batch in self.evaluated(iters):
             x, y = (move(t, self.device) for t in batch)
             with autocast(self.device, self.config.train.dtype):
@@ -217,14 +198,15 @@ class Run:
             total += loss.double() * len(x)
             count += len(x)
         self.model.train()
-        return float(total.item() / count)
+        loss, counted = self.ranks.total(total, count)
+        return loss / counted
 
     def evaluated(self, iters: int | str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an evaluation: the same for every run."""
+        """The batches of an evaluation, of which processes take turns: the same for every run."""
         size, block = self.config.train.eval_batch_size, self.config.model.block_size
         count = None if iters == "full" else int(iters) * size
         starts = windows(self.corpus.val, block_size=block, count=count, seed=EVAL_SEED)
-        for first in range(0, len(starts), size):
+        for first in range(self.ranks.rank * size, len(starts), self.ranks.count * size):
             yield gather(self.corpus.val, starts[first : first + size], block)
 
     # The whole run ----------------------------------------------------------------------------------------------------------
@@ -252,26 +234,32 @@ class Run:
         self.state.train_seconds += seconds if what == "update" else 0.0
 
     def course(
-        self, tracker: Tracker, say: Callable[[State, bool], None], stop: Callable[[], bool]
+        self,
+        tracker: Tracker,
+        say: Callable[[State, bool], None],
+        stop: Callable[[], bool],
+        rungs: Collection[int] = (),
     ) -> Generator[Ask, Any, str]:
-        """The run as what it asks for: ('update',), ('evaluate', iters), which is answered with the loss, and ('save',).
+        """The run as what it asks for: ('update',), ('evaluate', iters), which is answered with the loss, ('save',), and at each of
+        `rungs`, once it is evaluated, ('rung', iteration), which is answered with 'go', 'pause', 'prune', or 'stop'.
 
-        Whoever goes through it does that, for this run alone or for many together. Ends with 'done' or 'diverged'; raises Stopped
-        after saving where it is.
+        Whoever goes through it does that, for this run alone or for many together. Ends with 'done', 'diverged' or 'pruned';
+        raises Stopped after saving where it is, and is asked at the same rung again then, unless it was told to go on.
         """
         train, total, state = self.config.train, self.config.iterations, self.state
         every = train.checkpoint_interval or train.eval_interval
         self.model.train()
-        for due in self.iterations(total):
+        for due in self.iterations(total, rungs):
             if due:
                 yield ("update",)
-            stopping = stop()
-            bad = self.tell(tracker, due, stopping)
+            stopping, rung = stop(), self.at_rung(rungs)
+            bad = self.tell(tracker, due, stopping or rung)
             if bad is not None:
                 state.iter, state.val_loss = bad, None
                 tracker.log({"kind": "train", **self.position(), "train_loss": None})
                 return "diverged"
-            if state.iter % train.eval_interval == 0 or state.iter == total:
+            looking = rung or state.iter % train.eval_interval == 0 or state.iter == total
+            if looking and state.evaluated < state.iter:
                 loss = yield ("evaluate", (state.iter == total and train.final_eval_iters) or train.eval_iters)
                 if not self.note(tracker, loss):
                     return "diverged"
@@ -280,25 +268,34 @@ class Run:
                 say(state, False)
             if state.iter == total:
                 break
-            if state.iter > 0 and (stopping or state.iter % every == 0):
+            told = "stop" if stopping else (yield ("rung", state.iter)) if rung else "go"
+            state.judged = state.iter if rung and told == "go" else state.judged
+            if state.iter > 0 and (told != "go" or state.iter % every == 0):
                 yield ("save",)
-            if stopping:
-                raise Stopped
+            if told == "prune":
+                return "pruned"
+            if told != "go":
+                raise Paused(state.iter) if told == "pause" else Stopped
         yield ("save",)
         return "done"
 
-    def iterations(self, total: int) -> Iterator[bool]:
-        """One False for the evaluation before the first update, then True until `total` updates are done."""
-        if self.state.evaluated < 0:
+    def iterations(self, total: int, rungs: Collection[int]) -> Iterator[bool]:
+        """One False for what is due before the first update, then True until `total` updates are done."""
+        if self.state.evaluated < 0 or self.at_rung(rungs):
             yield False
         while self.state.iter < total:
             yield True
 
-    def tell(self, tracker: Tracker, updated: bool, stopping: bool) -> int | None:
-        """Logs the training loss where it is due; the iteration of a loss that is not finite, if there was one."""
+    def at_rung(self, rungs: Collection[int]) -> bool:
+        """Whether the run stands at a rung and was not told there to go on."""
+        return self.state.iter in rungs and self.state.judged < self.state.iter
+
+    def tell(self, tracker: Tracker, updated: bool, looking: bool) -> int | None:
+        """Logs the training loss where it is due; the iteration of a loss that is not finite, if there was one. `looking`: losses
+        are read from the device also where none is due."""
         train, state, started = self.config.train, self.state, time.perf_counter()
         logging = updated and state.iter % train.log_interval == 0
-        looking = stopping or self.looks()
+        looking = looking or self.looks()
         bad = self.flush() if looking or self.device.type == "cpu" else None
         if looking:
             synchronise(self.device)
@@ -310,7 +307,8 @@ class Run:
             )
             record["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
             record["tokens_per_second"] = self.tokens_per_second()
-            tracker.log({**record, **({"modules": found} if (found := self.plain.statistics()) else {})})
+            found = self.ranks.means(self.plain.statistics())
+            tracker.log({**record, **({"modules": found} if found else {})})
             state.pending = []
         if bad is None and self.telemetry is not None:
             tracker.log({"kind": "slices", **self.position(), "slices": self.told_slices(self.telemetry)})
@@ -347,6 +345,10 @@ class Run:
             "tokens": self.state.iter * self.config.tokens_per_iter,
             "seconds": round(self.state.seconds, 4),
         }
+
+    def vitals(self) -> dict[str, Any]:
+        """What a heartbeat says of the run."""
+        return {"iter": self.state.iter, "device": str(self.device), "peak_memory_bytes": peak_memory(self.device)}
 
     def tokens_per_second(self) -> float:
         """Training tokens per second of updates, evaluations not counted."""

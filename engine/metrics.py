@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core.secrets import scrub
+
 
 class Metrics:
     """metrics.jsonl: `log` hands each line to the operating system at once, so a killed process loses none.
@@ -76,4 +78,4 @@ def plain_record(value: Any) -> Any:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain_record(record), allow_nan=False).encode() + b"\n"
+    return scrub(json.dumps(plain_record(record), allow_nan=False)).encode() + b"\n"

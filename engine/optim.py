@@ -66,10 +66,6 @@ class Optimizers:
         covered = sum(entry.view.numel() for _, entry in self.held())
         assert covered == sum(row.slice.numel for row in self.trained), "every trained element is in exactly one entry"
 
-    def entries(self, key_of_row: Callable[[Row], Any]) -> list[Entry]:
-        """Entries as fine as slices differ in a key."""
-        return [entry for _, entry in self._entries(key_of_row)]
-
     def _entries(self, key_of_row: Callable[[Row], Any]) -> Iterator[tuple[Any, Entry]]:
         """Every entry with its key: neighbouring rows of a parameter with equal keys are one, unless the optimizer takes each
         slice as a matrix."""

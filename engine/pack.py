@@ -13,11 +13,12 @@ import torch
 
 from core.runs import fits, sizes
 from core.weights import load_weights, weights
-from engine.course import Course, Ended, take_turns
-from engine.course import Member as Member  # for those who start a pack
-from engine.device import calls_per_second, peak_memory
+from engine.course import Course, Ended, Maker, Queue, take_turns
+from engine.course import Judge as Judge  # for those who start a pack
+from engine.course import Member as Member
+from engine.device import calls_per_second, free_memory, out_of_memory, peak_memory
 from engine.loop import Run
-from engine.together import Together
+from engine.together import HalfMoved, Together
 
 WORTH = 1.1  # twice as many runs are to make a pack so much faster
 ROOM = 0.9  # share of a device's memory that a pack may take
@@ -25,35 +26,66 @@ PROBE = 0.5  # seconds of each measurement
 
 
 def train(
-    members: Sequence[Member],
+    makers: Sequence[Maker],
     ended: Ended,
     most: int | None = None,
     fold: bool | None = None,
     exact: bool | None = None,
 ) -> None:
-    """Trains every member to its end. What one raises ends that one alone. Raises what `ended` raises.
+    """Trains every run to its end. What one raises ends that one alone. Raises what `ended` raises.
 
-    most: how many are computed at once; None: as many as make it faster. fold: whether they are computed as one model; None: on a
-    GPU. One that is alone is the plain model. exact: whether the folded model rounds as the plain one and each run's own optimizers
-    update it; None: on a CPU, and where train.deterministic is asked.
+    most: how many are computed at once, while others wait until one of these has ended; None: as many as make it faster.
+    fold: whether they are computed as one model; None: on a GPU. One that is alone is the plain model. exact: whether the folded
+    model rounds as the plain one and each run's own optimizers update it; None: on a CPU, and where train.deterministic is asked.
+
+    Where memory runs out, no run ends but one that is alone: all are given up (their members end with Anew), made anew from their
+    checkpoints, and computed half as many at once.
     """
-    courses = [Course(member, ended) for member in members]
-    folding = fold if fold is not None else any(member.run.device.type == "cuda" for member in members)
-    try:
-        while folding and (waiting := [course for course in courses if course.ask is not None]):
-            if most is None and waiting[0].run.device.type == "cuda":
-                most = knee(waiting)
-            some = together(waiting[:most])
-            if not some:
-                break
-            Together(some, exact).go_on()
-    except Exception:  # of all of them; whose it was is seen when they go on by themselves
-        print(f"these runs go on one after another, because together they failed:\n{traceback.format_exc()}")
-    take_turns(courses)
+    queue, failed = Queue(makers, ended), False
+    while first := queue[:1]:
+        cuda, short = first[0].run.device.type == "cuda", False
+        folding = not failed and (cuda if fold is None else fold)
+        try:
+            if folding:
+                most = knee(queue) if most is None and cuda else most
+                folding = _fold(queue, most, exact)
+            if not folding:
+                take_turns(queue, most)
+        except Exception as error:  # of all of them; whose it was is seen when they go on by themselves
+            short = out_of_memory(error) and queue.count() > 0
+            if not (short or folding):
+                raise
+            failed, live = failed or not short, len(queue.live())
+            if short:
+                most = max(1, live // 2)
+                print(
+                    f"memory is out with {live} runs at a time: they go on with {most}, from their checkpoints ({error})"
+                )
+            else:
+                print(f"these runs go on one after another, because together they failed:\n{traceback.format_exc()}")
+            if short or isinstance(error, HalfMoved):
+                queue.put_down()
+            queue.give_back(queue.live())
+        del first
+        if short:  # what failed is held by its error no longer
+            free_memory()
+
+
+def _fold(queue: Queue, most: int | None, exact: bool | None) -> bool:
+    """Trains the next runs as one model, as long as that is worth it; False where fewer than two can be."""
+    count = len(together(queue[:most]))
+    if not count:
+        return False
+    some = queue.take(count)
+    Together(some, exact, queue).go_on()
+    queue.give_back(queue.live())
+    return True
 
 
 def together(courses: Sequence[Course]) -> list[Course]:
     """The largest number of these courses that can be folded, from the first on; none where it would be one."""
+    if not courses:
+        return []
     first, known = courses[0].run.config, sizes([course.run.plain for course in courses])
     for count in range(len(courses), 1, -1):
         if fits(known, count * first.train.batch_size, first.model.block_size):
@@ -64,13 +96,13 @@ def together(courses: Sequence[Course]) -> list[Course]:
 # How many --------------------------------------------------------------------------------------------------------------------
 
 
-def knee(courses: Sequence[Course]) -> int:
+def knee(courses: Sequence[Course] | Queue) -> int:
     """How many runs to compute at once: twice as many as long as that is worth it and fits in memory; 1 where solo is faster.
 
     Measured on the runs themselves, by steps that leave them as they are.
     """
-    device = courses[0].run.device
-    speeds = {1: solo_speed(courses[0].run)}
+    run = courses[:1][0].run
+    device, speeds = run.device, {1: solo_speed(run)}
     used: dict[int, int] = {}
     count = 2
     while count <= len(courses):
@@ -89,7 +121,9 @@ def knee(courses: Sequence[Course]) -> int:
             finally:  # also where memory ran out, which it holds
                 pack.leave()
             used[len(some)] = peak_memory(device)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             break
         if len(speeds) > 2 and speeds[len(some)] < WORTH * list(speeds.values())[-2]:
             break

@@ -8,7 +8,7 @@ under the solo optimizers up to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +22,14 @@ from variations.optimizer import OPTIMIZERS
 from variations.optimizer.base import Entry, Settings
 
 
-@dataclass
+@dataclass(frozen=True)
 class Share:
-    """Elements of one parameter that have one row of settings in every run."""
+    """A slice: elements of one parameter that have one row of settings in every run, whatever these are."""
 
-    rows: list[Row]  # of every run
-    entry: Entry  # of the first run: what is taken of a parameter
-    first: int  # the table's column of the first run; those of the others follow
-
-    @property
-    def optimizer(self) -> str:
-        return self.rows[0].settings.optimizer.name
+    address: str
+    optimizer: str
+    entry: Entry  # what is taken of a parameter
+    place: slice  # the table's columns, one of each run
 
 
 @dataclass
@@ -42,80 +39,80 @@ class Kind:
     optimizer: Any
     options: Any
     state: dict[str, Tensor]  # of every element
-    columns: dict[str, Tensor] = field(default_factory=dict)  # settings by name, a number for each column of the table
+    mine: Tensor  # which columns of the table it has
+    columns: dict[str, Tensor]  # settings by name, a number for each column of the table
 
 
 class Table:
     """The optimizers of all runs. Raises ValueError with a sentence where these cannot be updated together."""
 
     def __init__(self, fold: Fold, runs: Sequence[Run]) -> None:
-        self.fold, self.runs, self.count = fold, list(runs), len(runs)
-        self.device = runs[0].device
-        rows = self._rows()
+        self.fold, self.count, self.device = fold, len(runs), runs[0].device
+        first = runs[0].optimizers
+        self.shares: list[Share] = []
+        for i, row in enumerate(first.trained):
+            # By the slice's own view: where a run's parameter is filled up, rows and elements are counted otherwise.
+            entry = Entry(first.parameters[row.slice.parameter], row.slice.view, (row.slice,))
+            place = slice(1 + i * self.count, 1 + (i + 1) * self.count)
+            self.shares.append(Share(row.slice.address, row.settings.optimizer.name, entry, place))
+        for share in self.shares:
+            if why := getattr(OPTIMIZERS[share.optimizer], "solo", None):
+                raise ValueError(f"{share.address}: {why}")
+        if why := next(filter(None, map(self.misfit, runs)), None):
+            raise ValueError(why)
         self.values, self.gradients, self.places = fold.gather()
-        for run in runs:
-            run.optimizers.settle()
-        self.shares = self._shares(rows)
-        self.kinds = self._kinds()
         self.column = torch.zeros(
             len(self.values), dtype=torch.int32, device=self.device
         )  # of each element; 0: it is at rest
         for share in self.shares:
-            mine = share.first + torch.arange(self.count, dtype=torch.int32, device=self.device)
+            mine = torch.arange(share.place.start, share.place.stop, dtype=torch.int32, device=self.device)
             taken = self._of(self.column, share)
             taken.copy_(_shown(mine, taken).expand_as(taken))
         self.steps = torch.zeros(1 + len(self.shares) * self.count, device=self.device)
-        limits = [run.config.train.grad_clip or float("inf") for run in runs]
-        self.limit = torch.tensor(limits, device=self.device)
+        self.kinds = self._kinds(runs[0])
+        self.limit = torch.zeros(self.count, device=self.device)
         # One pass over memory instead of one for each operation.
         self.elements: Any = torch.compile(self._elements) if self.device.type == "cuda" else self._elements
-        self.load()
+        for r, run in enumerate(runs):
+            run.optimizers.settle()
+            self.put(r, run)
 
     # Settings ---------------------------------------------------------------------------------------------------------------
 
-    def _rows(self) -> dict[str, list[Row]]:
-        """By address, the trained slice's settings in every run."""
-        every = [{row.slice.address: row for row in run.optimizers.trained} for run in self.runs]
-        if any(some.keys() != every[0].keys() for some in every):
-            raise ValueError("the runs train other slices")
-        made = {address: [some[address] for some in every] for address in every[0]}
-        for address, rows in made.items():
-            names = {row.settings.optimizer.name for row in rows}
-            why = [getattr(OPTIMIZERS[name], "solo", None) for name in names]
-            if len(names) > 1 or any(why):
-                raise ValueError(f"{address}: " + (why[0] or "the runs have other optimizers there"))
-        return made
+    def misfit(self, run: Run) -> str | None:
+        """Why a run cannot be updated with these, or None where it can."""
+        rows = _trained(run)
+        if rows.keys() != {share.address for share in self.shares}:
+            return "the runs train other slices"
+        other = [s.address for s in self.shares if rows[s.address].settings.optimizer.name != s.optimizer]
+        return f"{other[0]}: the runs have other optimizers there" if other else None
 
-    def _shares(self, rows: dict[str, list[Row]]) -> list[Share]:
-        """The first run's entries, cut so finely that each has one row of settings in every run."""
-        made = []
-        keys = {address: [_numbers(row) for row in some] for address, some in rows.items()}
-        for entry in self.runs[0].optimizers.entries(
-            lambda row: (row.settings.optimizer.name, keys[row.slice.address])
-        ):
-            name = entry.covers[0].parameter
-            shapes = {run.optimizers.parameters[name].shape for run in self.runs}
-            # Where some run's is filled up, rows and elements are counted otherwise there; names are not.
-            each = [entry] if len(shapes) == 1 else [replace(entry, take=s.view, covers=(s,)) for s in entry.covers]
-            made += [(rows[one.covers[0].address], one) for one in each]
-        return [Share(some, one, 1 + i * self.count) for i, (some, one) in enumerate(made)]
-
-    def _kinds(self) -> dict[str, Kind]:
+    def _kinds(self, run: Run) -> dict[str, Kind]:
         made: dict[str, Kind] = {}
+        rows = _trained(run)
         for share in self.shares:
             optimizer: Any = OPTIMIZERS[share.optimizer]
+            row = rows[share.address]
             if share.optimizer not in made:
                 state = {kind: torch.zeros_like(self.values) for kind in optimizer.kinds}
-                made[share.optimizer] = Kind(optimizer, share.rows[0].settings.optimizer.options, state)
-            columns = made[share.optimizer].columns
-            for r, row in enumerate(share.rows):
-                for name, value in _numbers(row).items():
-                    if name not in columns:
-                        columns[name] = torch.zeros(1 + len(self.shares) * self.count)
-                    columns[name][share.first + r] = value
-        for kind in made.values():
-            kind.columns = {name: t.to(self.device) for name, t in kind.columns.items()}
+                columns = {name: torch.zeros_like(self.steps) for name in _numbers(row)}
+                mine = torch.zeros_like(self.steps, dtype=torch.bool)
+                made[share.optimizer] = Kind(optimizer, row.settings.optimizer.options, state, mine, columns)
+            made[share.optimizer].mine[share.place] = True
         return made
+
+    def put(self, r: int, run: Run) -> None:
+        """Gives place r to a run that fits: its settings, and the state that its own optimizers have. Nothing of what was there is
+        left."""
+        rows = _trained(run)
+        self.limit[r] = run.config.train.grad_clip or float("inf")
+        for name, kind in self.kinds.items():
+            own = [share for share in self.shares if share.optimizer == name]
+            columns = torch.tensor([share.place.start + r for share in own], device=self.device)
+            numbers = [_numbers(rows[share.address]) for share in own]
+            for key, values in kind.columns.items():
+                values[columns] = torch.tensor([some[key] for some in numbers], device=self.device)
+        self.load(r, run)
 
     def _of(self, whole: Tensor, share: Share) -> Tensor:
         """What a share has of a tensor of all elements, [R, ...]."""
@@ -125,26 +122,30 @@ class Table:
 
     # State ------------------------------------------------------------------------------------------------------------------
 
-    def load(self) -> None:
-        """Takes the state that each run's own optimizers have."""
-        for r, run in enumerate(self.runs):
-            whole: dict[tuple[str, str, str], Tensor] = {}
-            steps: dict[str, int] = {}
-            for optimizer, entry in run.optimizers.held():
-                for kind, tensor in entry.state.items():
-                    key = (optimizer, kind, entry.covers[0].parameter)
-                    entry.take(whole.setdefault(key, torch.zeros_like(entry.parameter.detach()))).copy_(tensor)
-                steps |= {one.address: entry.steps for one in entry.covers}
-            for (optimizer, kind, name), tensor in whole.items():
-                part(self._stack(self.kinds[optimizer].state[kind], name)[r], tensor.shape).copy_(tensor)
-            for share in self.shares:
-                self.steps[share.first + r] = steps[share.entry.covers[0].address]
+    def load(self, r: int, run: Run) -> None:
+        """Takes the state that a run's own optimizers have."""
+        for kind in self.kinds.values():
+            for state in kind.state.values():
+                for name in self.places:
+                    self._stack(state, name)[r].zero_()
+        whole: dict[tuple[str, str, str], Tensor] = {}
+        steps: dict[str, int] = {}
+        for optimizer, entry in run.optimizers.held():
+            for name, tensor in entry.state.items():
+                key = (optimizer, name, entry.covers[0].parameter)
+                entry.take(whole.setdefault(key, torch.zeros_like(entry.parameter.detach()))).copy_(tensor)
+            steps |= {one.address: entry.steps for one in entry.covers}
+        for (optimizer, name, parameter), tensor in whole.items():
+            part(self._stack(self.kinds[optimizer].state[name], parameter)[r], tensor.shape).copy_(tensor)
+        columns = torch.tensor([share.place.start + r for share in self.shares], device=self.device)
+        counts = [float(steps[share.address]) for share in self.shares]
+        self.steps[columns] = torch.tensor(counts, device=self.device)
 
-    def save(self, r: int) -> None:
-        """Gives a run's own optimizers its state."""
+    def save(self, r: int, run: Run) -> None:
+        """Gives the state to the own optimizers of the run at place r."""
         counts = self.steps.tolist()
-        steps = {one.address: int(counts[share.first + r]) for share in self.shares for one in share.entry.covers}
-        for optimizer, entry in self.runs[r].optimizers.held():
+        steps = {share.address: int(counts[share.place.start + r]) for share in self.shares}
+        for optimizer, entry in run.optimizers.held():
             name = entry.covers[0].parameter
             for kind, tensor in entry.state.items():
                 whole = self._stack(self.kinds[optimizer].state[kind], name)[r]
@@ -169,18 +170,14 @@ class Table:
                     if share.optimizer == name:
                         self._matrices(kind, share, factors, clip, due)
             else:
-                self.elements(name, kind, factors, clip, due)
+                self.elements(kind, factors, clip, due)
         return norms
 
-    def _elements(self, name: str, kind: Kind, factors: Tensor, clip: Tensor, due: Tensor) -> None:
+    def _elements(self, kind: Kind, factors: Tensor, clip: Tensor, due: Tensor) -> None:
         """The update of an optimizer that treats every element by itself."""
         columns = self.column.long()
         run = (columns - 1).clamp(min=0) % self.count
-        mine = torch.zeros_like(self.steps, dtype=torch.bool)
-        for share in self.shares if len(self.kinds) > 1 else ():
-            if share.optimizer == name:
-                mine[share.first : share.first + self.count] = True
-        moving = due[run] & (mine[columns] if len(self.kinds) > 1 else columns > 0)
+        moving = due[run] & (kind.mine[columns] if len(self.kinds) > 1 else columns > 0)
         numbers = {key: values[columns] for key, values in kind.columns.items()}
         numbers["learning_rate"] = numbers["learning_rate"] * factors[run]
         settings = Settings(self.steps[columns], numbers, kind.options, None)
@@ -193,10 +190,9 @@ class Table:
         """The update of slices as matrices."""
         weight, grad = self._of(self.values, share), self._of(self.gradients, share)
         state = {key: self._of(tensor, share) for key, tensor in kind.state.items()}
-        place = slice(share.first, share.first + self.count)
-        numbers = {key: _shown(values[place], weight) for key, values in kind.columns.items()}
+        numbers = {key: _shown(values[share.place], weight) for key, values in kind.columns.items()}
         numbers["learning_rate"] = numbers["learning_rate"] * _shown(factors, weight)
-        settings = Settings(_shown(self.steps[place], weight), numbers, kind.options, share.entry)
+        settings = Settings(_shown(self.steps[share.place], weight), numbers, kind.options, share.entry)
         new, made = kind.optimizer.formula(settings, weight, grad * _shown(clip, grad), **state)
         moving = _shown(due, weight)
         weight.copy_(torch.where(moving, new, weight))
@@ -207,6 +203,11 @@ class Table:
         """Lets the gradients of runs that were updated begin anew."""
         done = due[(self.column.long() - 1).clamp(min=0) % self.count] | (self.column == 0)
         self.gradients.copy_(torch.where(done, 0.0, self.gradients))
+
+
+def _trained(run: Run) -> dict[str, Row]:
+    """By address, the settings of what a run trains."""
+    return {row.slice.address: row for row in run.optimizers.trained}
 
 
 def _shown(values: Tensor, beside: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.runs import Fold, fits
-from engine.course import Course
-from engine.device import Replay, autocast, calls_per_second, move
+from core.runs import Fold, fits, sizes
+from engine.course import Course, Queue, released
+from engine.device import Replay, autocast, calls_per_second, move, out_of_memory
 from engine.table import Table
 from model import cross_entropy
 from variations.dropout import set_step
@@ -21,16 +22,20 @@ from variations.dropout import set_step
 RESIDENT = 2**28  # tokens of a split that are copied to a GPU as a whole
 
 
+class HalfMoved(Exception):
+    """An update broke off when some weights had moved. What is whole of these runs is in their checkpoints."""
+
+
 class Together:
-    """Every run has its own batches, dropout, schedule, clipping and count of micro-batches; an update is made when a run has had
-    all of its own. What a run computes after its end is not looked at.
+    """Every run has its own iteration, batches, dropout, schedule, clipping and count of micro-batches; an update is made when a
+    run has had all of its own. What a run computes after its end, or while it waits at a rung, is not looked at.
 
     exact: the folded model rounds as the plain one, and each run's own optimizers update it; else one table updates all runs, and
-    on a GPU a step is captured once and replayed.
+    on a GPU a step is captured once and replayed. queue: whose runs take the places of those that end, in the same tensors.
     """
 
-    def __init__(self, courses: Sequence[Course], exact: bool | None = None) -> None:
-        self.courses = list(courses)
+    def __init__(self, courses: Sequence[Course], exact: bool | None = None, queue: Queue | None = None) -> None:
+        self.courses, self.queue = list(courses), queue
         self.runs = [course.run for course in courses]
         first, self.count = self.runs[0], len(self.runs)
         self.device, self.dtype, self.corpus = first.device, first.config.train.dtype, first.corpus
@@ -45,7 +50,8 @@ class Together:
         self.model: Any = self.fold.model
         if first.config.train.compile:
             self.fold.model = self.model.compiled()
-        self.moving = False  # while a table changes weights
+        self.moving = False  # while weights change
+        self.resting: dict[int, dict[str, Tensor]] = {}  # of a run that waits at a rung, what training would move
         self.micro = [0] * self.count  # micro-batches of the update on its way
         self.steps = [run.config.train.gradient_accumulation_steps for run in self.runs]
         self.history: list[tuple[Tensor, list[int], list[int]]] = []  # losses [R], whose they are, whose update was due
@@ -85,26 +91,32 @@ class Together:
         return [r for r, course in enumerate(self.courses) if course.ask is not None]
 
     def go_on(self) -> None:
-        """Until half of the runs have ended: those that are left make a smaller pack. They can go on without this one then."""
+        """Until half of the runs have ended and no others take their places: those that are left make a smaller pack. They can go
+        on without this one then. Raises HalfMoved, or that memory is out, where they cannot."""
         try:
-            while len(self.live()) * 2 > self.count:
-                waiting = [r for r in self.live() if self.courses[r].ask[0] != "update"]  # type: ignore[index]
-                if waiting:
-                    self.serve(waiting)
-                elif live := self.live():
-                    self.update(live)
-        finally:
-            self.leave()
+            while self.fill() or len(self.live()) * 2 > self.count:
+                asking = [r for r in self.live() if self.courses[r].ask[0] not in ("update", "rung")]  # type: ignore[index]
+                if asking:
+                    self.serve(asking)
+                elif not self.decide():
+                    self.update([r for r in self.live() if not self.courses[r].resting])
+        except Exception as error:
+            if not (isinstance(error, HalfMoved) or out_of_memory(error)):
+                self.leave()
+            raise
+        self.leave()
 
     def leave(self) -> None:
         """Gives each run what its own optimizers need to go on."""
         self.tell()
+        for r in list(self.resting):
+            self.wake(r)
         for r, run in enumerate(self.runs):
             run.fetch = None
             for name, value in self.before[r].items() if self.micro[r] else ():
                 self.fold.knobs[name][r].copy_(value)  # an update on its way begins anew
             if self.table is not None and self.courses[r].ask is not None:
-                self.table.save(r)
+                self.table.save(r, run)
         del self.compute  # what was captured holds memory
 
     def speed(self, seconds: float) -> float:
@@ -123,6 +135,70 @@ class Together:
                 self.table.gradients.zero_()
         return steps * self.x.numel()
 
+    # Places and rungs -------------------------------------------------------------------------------------------------------
+
+    def fill(self) -> bool:
+        """Gives the places of runs that have ended to those that wait, if they are enough to go on. Returns whether any came."""
+        free = [r for r, course in enumerate(self.courses) if course.ask is None]
+        if (
+            self.queue is None
+            or not free
+            or 2 * (self.count - len(free) + min(len(free), len(self.queue))) <= self.count
+        ):
+            return False
+        taken = self.queue.take(len(free))
+        fitting = list(itertools.takewhile(lambda course: self.misfit(course) is None, taken))
+        for r, course in zip(free, fitting, strict=False):
+            self.put(r, course)
+        if len(fitting) < len(free):  # none is left, or the next has to wait for another model or for memory
+            self.queue.give_back(taken[len(fitting) :], anew=True)
+            self.queue = None
+        return bool(fitting)
+
+    def misfit(self, course: Course) -> str | None:
+        """Why a run cannot take a place among these, or None where it can."""
+        config, plain = course.run.config, course.run.plain
+        if not fits(sizes([plain]), self.count * config.train.batch_size, config.model.block_size):
+            return "the batch's size is also that of something else"
+        return self.fold.misfit(plain) or (self.table.misfit(course.run) if self.table is not None else None)
+
+    def put(self, r: int, course: Course) -> None:
+        """Lets a run that fits take the place of one that has ended."""
+        self.tell()
+        self.runs[r].fetch = None
+        run = course.run
+        self.courses[r], self.runs[r] = course, run
+        self.fold.put(r, run.plain)
+        run.optimizers.settle()
+        if self.table is not None:
+            self.table.put(r, run)
+        self.steps[r] = run.config.train.gradient_accumulation_steps
+        self.parts[r] = self.steps[r]
+        self.micro[r], self.partial[r], self.before[r] = 0, 0.0, {}
+        self.resting.pop(r, None)
+        run.fetch = self.tell
+
+    def decide(self) -> bool:
+        """Tells runs at rungs how they go on, where those have come for whom they wait. Returns whether any was told."""
+        for r in self.live():
+            if self.courses[r].resting and r not in self.resting:
+                self.resting[r] = self.moved(r)
+        told = released([self.courses[r] for r in self.live()])
+        for r in [r for r in self.resting if self.courses[r] in told]:
+            self.wake(r)
+            self.courses[r].decide()
+        return bool(told)
+
+    def wake(self, r: int) -> None:
+        """Takes back what was computed while a run waited."""
+        for name, value in self.resting.pop(r).items():
+            self.fold.knobs[name][r].copy_(value)
+        self.fold.forget(r)
+
+    def moved(self, r: int) -> dict[str, Tensor]:
+        """What of a run moves in training and is no parameter, as it is now."""
+        return {name: self.fold.knobs[name][r].clone() for name in self.fold.moving}
+
     # Evaluations and checkpoints --------------------------------------------------------------------------------------------
 
     def serve(self, waiting: Sequence[int]) -> None:
@@ -137,7 +213,7 @@ class Together:
                     self.courses[r].go(losses[r])
                     continue
                 if self.table is not None and ask[0] == "save":
-                    self.table.save(r)
+                    self.table.save(r, self.runs[r])
                 self.courses[r].alone()
 
     def joint(self, asking: int) -> bool:
@@ -181,16 +257,14 @@ class Together:
         self.model.train()
         try:
             self.compute()
+            self.finish(due)
         except Exception as error:
-            for r in live if self.moving else ():  # weights are half moved: their checkpoints are whole
-                self.courses[r].end(error)
+            if self.moving:
+                raise HalfMoved("an update broke off") from error
             raise
         self.history.append((self.told.clone(), list(live), due))
         for r in due:
             self.micro[r] = 0
-        if self.table is None:
-            self.finish(due)
-        for r in due:
             self.runs[r].state.steps += self.table is not None
             self.runs[r].state.iter += 1
         elapsed = time.perf_counter() - started
@@ -207,7 +281,7 @@ class Together:
             micro = run.state.iter * self.steps[r] + self.micro[r]
             starts[r] = run.batches.starts(micro)
             if self.micro[r] == 0:
-                self.before[r] = {name: self.fold.knobs[name][r].clone() for name in self.fold.moving}
+                self.before[r] = self.moved(r)
             if run.dropping:
                 set_step(run.plain, run.config.train.seed, micro)
             self.micro[r] += 1
@@ -222,7 +296,7 @@ class Together:
                 there.copy_(here, non_blocking=True)
         else:
             self.starts.copy_(torch.from_numpy(starts.reshape(-1)), non_blocking=True)
-        multipliers = [run.schedule.multiplier(run.state.iter) for run in self.runs]
+        multipliers = [run.schedule.multiplier(run.state.iter) if r in due else 0.0 for r, run in enumerate(self.runs)]
         self.factors.copy_(torch.tensor(multipliers), non_blocking=True)
         for there, some in ((self.alive, live), (self.due, due)):
             here = torch.zeros(self.count, dtype=torch.bool)
@@ -248,16 +322,20 @@ class Together:
             self.moving = False
 
     def finish(self, due: Sequence[int]) -> None:
-        """The updates by each run's own optimizers."""
+        """The updates by each run's own optimizers, where there is no table."""
+        if self.table is not None:
+            return
+        self.moving = True
         self.fold.gradients()
         for r in due:
             self.runs[r].step()
-        left = [r for r in self.live() if self.micro[r]]
+        left = [r for r in self.live() if self.micro[r] and r not in due]
         for stack in self.fold.stacks.values():
             if not left:
                 stack.grad = None
             elif stack.grad is not None:
                 stack.grad[list(due)] = 0.0
+        self.moving = False
 
     # Losses -----------------------------------------------------------------------------------------------------------------
 

@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from core.secrets import scrub
 from engine.metrics import Metrics as Metrics
 from engine.metrics import iteration, plain_record
 
 WORD, NAME = 64, 128  # characters: the server's limits on tags and job types, on names and groups
 STOPPED = 75  # exit code of a run that will continue
+NO_KEY = "there is no API key ('wandb login')"
 CLOUD = "api.wandb.ai"  # the cloud's keys are filed under this host, whatever address wandb's version prefers
+FINISH = 60.0  # seconds that the end of a run waits for the rest of its upload
 SETTINGS = {
     "silent": True,
     "quiet": True,
@@ -41,7 +44,7 @@ SETTINGS = {
     "x_save_requirements": False,
     "symlink": False,
     "init_timeout": 20.0,  # seconds until an online run must be registered
-    "finish_timeout": 60.0,  # seconds that the end of a run waits for the rest of its upload
+    "finish_timeout": FINISH,
     "x_transaction_log_flush_interval": 1,  # seconds; a killed run loses what is younger
 }
 
@@ -52,11 +55,9 @@ def _flat(record: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield from ((f"{key}/{k}", v) for k, v in _flat(value)) if isinstance(value, Mapping) else ((key, value),)
 
 
-def _warn(sentence: str) -> None:
-    """One line on stderr. It lands in the attempt's log, so a key that an error quotes is taken out."""
-    key = os.environ.get("WANDB_API_KEY")
-    text = " ".join(sentence.split())
-    print(f"tracking: {text.replace(key, '***') if key else text}", file=sys.stderr, flush=True)
+def warn(sentence: str) -> None:
+    """One line on stderr, without the key that an error may quote."""
+    print(f"tracking: {scrub(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
 
 
 def resolve_mode(wanted: str, *, timeout_s: float = 3.0, connect: Callable[..., Any] = socket.create_connection) -> str:
@@ -69,23 +70,36 @@ def resolve_mode(wanted: str, *, timeout_s: float = 3.0, connect: Callable[..., 
     if wanted == "auto":
         words = {"disabled": "off", "offline": "offline", "dryrun": "offline"}
         wanted = words.get(os.environ.get("WANDB_MODE", ""), "auto")
-    found = importlib.util.find_spec("wandb")
-    if wanted != "off" and (found is None or found.origin is None):  # a folder of runs named wandb has no origin
+    if wanted != "off" and not installed():
         if wanted != "auto":
-            _warn(f"tracking.wandb.mode is {wanted}, but wandb is not installed: runs have metrics.jsonl alone.")
+            warn(f"tracking.wandb.mode is {wanted}, but wandb is not installed: runs have metrics.jsonl alone.")
         return "off"
     if wanted in ("off", "offline"):
         return wanted
+    why = unreachable(timeout_s=timeout_s, connect=connect)
+    if why is None:
+        return "online"
+    if why == NO_KEY and wanted == "online":
+        warn(f"tracking.wandb.mode is online, but {why}: runs are tracked offline.")
+    elif why != NO_KEY:
+        warn(f"{why}: runs are tracked offline; 'python -m lab sync' uploads them later.")
+    return "offline"
+
+
+def installed() -> bool:
+    """Whether wandb is there. A folder of runs named wandb is a module too, without an origin."""
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None
+
+
+def unreachable(*, timeout_s: float = 3.0, connect: Callable[..., Any] = socket.create_connection) -> str | None:
+    """Why nothing can be sent to wandb's server now, in words; None where it can. Takes at most about `timeout_s` seconds."""
     server = _server_with_key()
     if server is None:
-        if wanted == "online":
-            _warn("tracking.wandb.mode is online, but there is no API key ('wandb login'): runs are tracked offline.")
-        return "offline"
-    if not _answers(server, timeout_s, connect):
-        host = urlsplit(server).netloc
-        _warn(f"{host} did not answer in {timeout_s:g} s: runs are tracked offline; 'wandb sync' uploads them later.")
-        return "offline"
-    return "online"
+        return NO_KEY
+    if _answers(server, timeout_s, connect):
+        return None
+    return f"{urlsplit(server).netloc} did not answer in {timeout_s:g} s"
 
 
 def _server_with_key() -> str | None:
@@ -100,7 +114,7 @@ def _server_with_key() -> str | None:
     try:
         server = str(configured or importlib.import_module("wandb").Settings().base_url)
     except Exception as error:  # a broken installation is no reason to stop a sweep
-        _warn(f"wandb could not be asked for its server ({type(error).__name__}: {error}).")
+        warn(f"wandb could not be asked for its server ({type(error).__name__}: {error}).")
         return None
     hosts = {urlsplit(server).netloc} | (set() if configured else {CLOUD})
     return server if given or filed & hosts else None
@@ -144,7 +158,7 @@ def _answers(server: str, timeout_s: float, connect: Callable[..., Any]) -> bool
     return bool(answered)
 
 
-def _fit(text: str, limit: int) -> str:
+def fit(text: str, limit: int) -> str:
     """The text cut to `limit` characters, still different where the whole texts were."""
     return text if len(text) <= limit else f"{text[: limit - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -189,7 +203,7 @@ def label(value: Any) -> str:
 
 def _tags(changed: Mapping[str, Any], names: Mapping[str, str], extra: Iterable[str]) -> list[str]:
     tags = [f"{names[key]}={label(value)}" for key, value in changed.items() if key in names]
-    return list(dict.fromkeys(_fit(tag, WORD) for tag in [*tags, *map(str, extra)] if tag))
+    return list(dict.fromkeys(fit(tag, WORD) for tag in [*tags, *map(str, extra)] if tag))
 
 
 def _column_value(key: str, changed: Mapping[str, Any], full_config: Mapping[str, Any]) -> Any:
@@ -204,42 +218,78 @@ def _column_value(key: str, changed: Mapping[str, Any], full_config: Mapping[str
     return label(value) if isinstance(value, (Mapping, list, tuple)) else value
 
 
-class _Board:
+def described(
+    config: Any,
+    sweep: str,
+    run_id: str,
+    cell: str,
+    seed: int,
+    changed: Mapping[str, Any],
+    full_config: Mapping[str, Any],
+    swept: Iterable[str] = (),
+) -> dict[str, Any]:
+    """What wandb is told of a run before it begins. `config`: the configuration's `tracking` node; the rest as for `Tracker`."""
+    keys = [key for key in dict.fromkeys([*swept, *changed]) if key != "train.seed"]
+    names = columns(keys, {*full_config, "cell", "seed"})
+    values = {names[key]: _column_value(key, changed, full_config) for key in keys}
+    return {
+        "project": config.wandb.project,
+        "entity": config.wandb.entity,
+        "group": fit(sweep, NAME),
+        "job_type": fit(cell, WORD),
+        "id": wandb_id(sweep, run_id),
+        "name": fit(run_id, NAME),
+        "tags": _tags(changed, names, config.wandb.tags),
+        "config": plain_record({**full_config, **values, "cell": cell, "seed": seed}),
+    }
+
+
+def start(folder: Path, about: Mapping[str, Any], mode: str) -> Any:
+    """A run in wandb, 'online' or 'offline', its files below `folder`: the one place that begins any. Raises what wandb raises."""
+    if mode == "online" and _server_with_key() is None:
+        raise ValueError("no API key is configured")  # wandb would ask for one at a terminal, and wait
+    wandb = importlib.import_module("wandb")
+    known = wandb.Settings.model_fields  # names of settings come and go; what a version does not know is left out
+    wanted = {**SETTINGS, "x_disable_stats": mode != "online"}
+    settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+    wandb.setup(settings=wandb.Settings(silent=True, quiet=True))  # a login's messages obey these, not the run's
+    return wandb.init(
+        **about,
+        dir=str(folder.resolve()),
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        reinit="create_new",  # a pack of runs shares a process
+        save_code=False,
+        settings=settings,
+    )
+
+
+def forget(folder: Path, run: Any) -> None:
+    """Removes what earlier attempts at a run left offline below `folder`: this one has its whole history."""
+    current = Path(run.dir).parent
+    for old in (folder / "wandb").glob("offline-run-*"):
+        if old.name != current.name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class Board:
     """One run in wandb: a row for an iteration, at wandb's step `iter`. Every method may raise what wandb raises.
 
     A row is sent when the next iteration's first record arrives: all records of an iteration share it, and what a
-    server has of an iteration is all of it.
+    server has of an iteration is all of it. `sent` counts rows.
     """
 
     def __init__(self, run_dir: Path, about: Mapping[str, Any], history: Iterable[dict[str, Any]], mode: str) -> None:
-        if mode == "online" and _server_with_key() is None:
-            raise ValueError("no API key is configured")  # wandb would ask for one at a terminal, and wait
-        wandb = importlib.import_module("wandb")
-        known = wandb.Settings.model_fields  # names of settings come and go; what a version does not know is left out
-        wanted = {**SETTINGS, "x_disable_stats": mode != "online"}
-        settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        wandb.setup(settings=wandb.Settings(silent=True, quiet=True))  # a login's messages obey these, not the run's
-        self._run: Any = wandb.init(
-            **about,
-            dir=str(run_dir.resolve()),
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            reinit="create_new",  # a pack of runs shares a process
-            save_code=False,
-            settings=settings,
-        )
+        self._run: Any = start(run_dir, about, mode)
         for name in ("iter", "*", "tokens"):
             self._run.define_metric(name, step_metric=None if name == "iter" else "iter")
         self._run.define_metric("val_loss", step_metric="iter", summary="min")
         self._first = int(self._run.starting_step)  # after the server's last row (`step` is 0 until the first of ours)
-        self._step = -1
+        self._step, self.sent = -1, 0
         self._row: dict[str, Any] = {}
         for record in history:
             self.log(record)
-        current = Path(self._run.dir).parent
-        for old in (run_dir / "wandb").glob("offline-run-*"):
-            if old.name != current.name:  # an earlier attempt's; this one has its whole history
-                shutil.rmtree(old, ignore_errors=True)
+        forget(run_dir, self._run)
 
     def log(self, record: Mapping[str, Any]) -> None:
         step = iteration(record, self._step)
@@ -254,6 +304,7 @@ class _Board:
     def _send(self) -> None:
         if self._row and self._step >= self._first:
             self._run.log(self._row, step=self._step, commit=True)
+            self.sent += 1
         self._row = {}
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
@@ -295,25 +346,13 @@ class Tracker:
     ) -> None:
         assert mode in ("online", "offline", "off"), f"{mode!r} is no resolved mode"
         self.metrics = Metrics(run_dir / "metrics.jsonl", keep_to=keep_to)
-        self._board: _Board | None = None
-        keys = [key for key in dict.fromkeys([*swept, *changed]) if key != "train.seed"]
-        names = columns(keys, {*full_config, "cell", "seed"})
-        values = {names[key]: _column_value(key, changed, full_config) for key in keys}
-        about = {
-            "project": config.wandb.project,
-            "entity": config.wandb.entity,
-            "group": _fit(sweep, NAME),
-            "job_type": _fit(cell, WORD),
-            "id": wandb_id(sweep, run_id),
-            "name": _fit(run_id, NAME),
-            "tags": _tags(changed, names, config.wandb.tags),
-            "config": plain_record({**full_config, **values, "cell": cell, "seed": seed}),
-        }
-        start = partial(self._safely, _Board, run_dir, about, self.metrics.kept)
+        self._board: Board | None = None
+        about = described(config, sweep, run_id, cell, seed, changed, full_config, swept)
+        begin = partial(self._safely, Board, run_dir, about, self.metrics.kept)
         if mode == "online":
-            self._board = start("online", so="this run is tracked offline")
+            self._board = begin("online", so="this run is tracked offline")
         if mode != "off" and self._board is None:
-            self._board = start("offline")
+            self._board = begin("offline")
 
     def _safely(self, act: Callable[..., Any], *given: Any, so: str = "metrics.jsonl alone has every record") -> Any:
         """Do something in wandb. No failure of it may stop training: wandb is given up, and a line says so."""
@@ -321,7 +360,7 @@ class Tracker:
             return act(*given)
         except Exception as error:  # whatever it is
             self._board = None
-            _warn(f"wandb failed ({type(error).__name__}: {error}); training goes on, {so}.")
+            warn(f"wandb failed ({type(error).__name__}: {error}); training goes on, {so}.")
             return None
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from core.options import LARGEST, Path, is_off, nearest
 
 FORMS = ("range", "log", "linear", "named", "values")
-MAX_VALUES = 1_000_000
+MAX_VALUES = 100_000  # of all axes together
 Key = str  # a dotted key of the configuration
 
 

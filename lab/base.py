@@ -14,7 +14,7 @@ from core.compose import BASE, Setting
 from core.options import Mistake, Path, key_of, nearest
 from core.weights import weights
 from core.yaml_files import SUFFIXES, ConfigError, shown
-from engine.base import digest, newest, shapes, unfit
+from engine.base import damage, digest, newest, shapes, unfit
 from gpt_conf import ModelConfig
 from lab.store import read_result
 from model import GPT, assemble
@@ -134,6 +134,8 @@ def _of_folder(folder: File) -> Base:
         inner = sorted(folder.glob("*/config.yaml"))
         advice = f"It is a sweep; name one of its runs, for example {shown(inner[0].parent)}." if inner else ""
         raise Unusable(f"'{shown(folder)}' is no run folder: it holds no config.yaml", advice)
+    if why := damage(folder):
+        raise Unusable(f"the checkpoint of the run '{shown(folder)}' is damaged", why.removesuffix("."))
     saved = newest(folder)
     if saved is None:
         raise Unusable(f"the run '{shown(folder)}' has no checkpoint", "Train it first.")

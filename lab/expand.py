@@ -6,7 +6,8 @@ Axes, groups and cases multiply; what a case or the command line sets is pinned 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,17 +16,22 @@ from core.compose import drop_nulls, get, merge, names_variant, put
 from core.options import MISSING, Mistake, Path
 from core.references import resolve
 from lab.axes import Axis, Choice, Key, is_form, same
+from lab.naming import condition, in_words, short_names
 from lab.reading import ConfigReader
+from lab.searched import Searched, enter
 from lab.sweep import SEED, Case, Match, Sweep
 from train_args import Config
 
+LISTED = 20_000  # combinations that take seconds to read; who wants more says so in sweep.max_runs
+MOST = 1_000_000
 Default = Callable[[Any, Path], Any]  # what a key holds where a tree does not set it, or MISSING
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep. `changed` is what the sweep set, by key (labels where there are labels); `cell` is the run without its
-    seed, in words; runs have one cell exactly where they have one `cell_hash`."""
+    """One run of a sweep. `changed` is what the sweep set, by key (labels where there are labels); `cell` is the run without
+    its seed, in words; runs have one cell exactly where they have one `cell_hash`. `phase` is 'grid' for what the file lists,
+    'search' for what a search chose, 'confirm' for what repeats it on fresh seeds."""
 
     hash: str
     cell_hash: str
@@ -34,12 +40,13 @@ class Run:
     changed: Mapping[str, Any]
     config: Config
     baseline: bool
+    phase: str = "grid"
 
 
 @dataclass(frozen=True)
 class Expansion:
     """What a file stands for. `excluded` counts cells of which no run is left, `duplicates` those that resolve to runs listed
-    before. `short` gives the short name of each swept key."""
+    before. `short` gives the short name of each swept key. In `searches` more runs may come."""
 
     runs: tuple[Run, ...]
     cells: int
@@ -47,25 +54,30 @@ class Expansion:
     duplicates: int
     short: Mapping[str, str]
     sweep: Sweep
+    searches: tuple[Searched, ...] = ()
 
 
 def expand(
     tree: Mapping[str, Any], sweep: Sweep, pins: Mapping[Key, Any], reader: ConfigReader, default: Default
 ) -> tuple[Expansion, list[Mistake]]:
-    """Every run of a sweep over `tree`, and every mistake. `default(tree, path)` is a key's value where no file sets it."""
-    work = _Expander(sweep, reader, default)
-    for name, case in (sweep.cases or {"": Case()}).items():
-        for point in work.points(name, case, tree, pins):
-            work.read(point)
-    expansion = Expansion(
-        tuple(work.runs.values()),
-        len(work.names),
-        sum(not kept for kept in work.kept.values()),
-        sum(kept and not work.fresh[ident] for ident, kept in work.kept.items()),
-        work.short,
-        sweep,
-    )
-    return expansion, [*work.mistakes.values(), *work.unused()]
+    """Every run of a sweep over `tree` that the file lists, the cells in which a search chooses more, and every mistake.
+
+    `default(tree, path)` is a key's value where no file sets it.
+    """
+    work = Expander(sweep, reader, default)
+    work.refuse_searched_conditions()
+    try:
+        for name, case in (sweep.cases or {"": Case()}).items():
+            search = sweep.search.without(case.sets) if sweep.search else None
+            for point in work.points(name, case, tree, pins):
+                if search is None:
+                    work.read(point)
+                else:
+                    enter(work, point, search)
+    except TooMany as error:
+        advice = "Shorten some axes" + (f", or set sweep.max_runs to {MOST:,} or less." if work.limit < MOST else ".")
+        return work.expansion(), [*work.mistakes.values(), Mistake(("sweep",), str(error), advice)]
+    return work.expansion(), [*work.mistakes.values(), *work.unused()]
 
 
 # Trees ----------------------------------------------------------------------------------------------------------------------
@@ -112,7 +124,7 @@ def _following(first: int, count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """One combination of choices: what they set, what names call it, where each key was written. `ident` is the same for points
     that differ in their seed alone."""
 
@@ -122,14 +134,14 @@ class _Point:
     places: Mapping[Key, Path]
     ident: tuple[Any, ...]
 
-    def take(self, row: Sequence[Choice]) -> _Point:
+    def take(self, row: Sequence[Choice]) -> Point:
         sets, labels, places = dict(self.sets), dict(self.labels), dict(self.places)
         for choice in row:
             sets.update(choice.sets)
             labels.update(choice.labels)
             places.update(choice.places)
         ident = (*self.ident, *(id(choice) for choice in row if set(choice.sets) != {SEED}))
-        return _Point(self.trees, sets, labels, places, ident)
+        return Point(self.trees, sets, labels, places, ident)
 
     def tree(self, seed: int | None = None) -> Mapping[str, Any]:
         return self.trees.of(self.sets if seed is None else {**self.sets, SEED: seed})
@@ -138,12 +150,17 @@ class _Point:
 # Expansion ------------------------------------------------------------------------------------------------------------------
 
 
-class _Expander:
+class TooMany(ValueError):
+    """The sweep has more combinations than are listed."""
+
+
+class Expander:
     """Reads points one after another. `kept` and `fresh` say of each cell whether a run is left, and whether one was new."""
 
     def __init__(self, sweep: Sweep, reader: ConfigReader, default: Default) -> None:
         self.sweep, self.reader, self.default = sweep, reader, default
         every = [*sweep.axes, *(axis for case in sweep.cases.values() for axis in case.axes)]
+        every += [dimension.axis for dimension in sweep.search.over] if sweep.search else []
         self.short = short_names(list(dict.fromkeys(x for a in every for c in a.choices for x in c.labels)))
         self.conditions = {axis.path: axis for axis in every if axis.when}
         self.matches = {("exclude", i): match for i, match in enumerate(sweep.exclude)}
@@ -155,21 +172,58 @@ class _Expander:
         self.taken: set[str] = set()
         self.kept: dict[tuple[Any, ...], bool] = {}
         self.fresh: dict[tuple[Any, ...], bool] = {}
+        self.searches: dict[str, Searched] = {}
+        self.limit, self.met = min(max(LISTED, sweep.max_runs), MOST), 0  # how many combinations there may be, and are
 
-    def points(self, name: str, case: Case, tree: Mapping[str, Any], pins: Mapping[Key, Any]) -> Iterator[_Point]:
+    def expansion(self, order: Iterable[str] | None = None) -> Expansion:
+        """What is listed so far; in another order of the runs' hashes where one is given."""
+        runs = tuple(self.runs.values() if order is None else map(self.runs.__getitem__, order))
+        return Expansion(
+            runs,
+            len({run.cell_hash for run in runs}),
+            sum(not kept for kept in self.kept.values()),
+            sum(kept and not self.fresh[ident] for ident, kept in self.kept.items()),
+            self.short,
+            self.sweep,
+            tuple(self.searches.values()),
+        )
+
+    def refuse_searched_conditions(self) -> None:
+        """Notes axes whose condition is about what a search chooses, as a search is made in each choice of an axis."""
+        for path, axis in self.conditions.items():
+            for dimension in self.sweep.search.over if self.sweep.search else ():
+                if _meet({dimension.key}, axis.when):
+                    text = f"its 'when' is about '{dimension.key}', which the search chooses"
+                    self.mistakes[path, text] = Mistake(path, text)
+                    self.used.add(path)
+
+    def points(self, name: str, case: Case, tree: Mapping[str, Any], pins: Mapping[Key, Any]) -> Iterator[Point]:
         """Every combination of a case's choices. Axes with a condition come last, each after those that its condition is about."""
         for preset in case.use:
             tree = merge(tree, preset)
         trees = _Trees(tree, {**case.sets, **pins})
         places = {key: place for key, place in case.places.items() if key not in pins}
-        start = _Point(trees, {}, {"case": name} if name else {}, places, (name,))
+        start = Point(trees, {}, {"case": name} if name else {}, places, (name,))
         axes = [axis for outer in self.sweep.axes if (axis := _pinned(outer, set(case.sets)))] + list(case.axes)
         last = self._ordered([axis for axis in axes if axis.when])
-        for row in itertools.product(*(axis.choices for axis in axes if not axis.when)):
+        free = [axis.choices for axis in axes if not axis.when]
+        self._count(math.prod(map(len, free)), met=False)
+        for row in itertools.product(*free):
             points = [start.take(row)]
             for axis in last:
                 points = [p for point in points for p in self._conditional(point, axis)]
+                self._count(len(points), met=False)
+            self._count(len(points))
             yield from points
+
+    def _count(self, points: int, met: bool = True) -> None:
+        """Raises TooMany where so many more points, each with its seeds and what a search chooses, exceed the limit."""
+        seeds = self.sweep.seeds if isinstance(self.sweep.seeds, int) else len(self.sweep.seeds)
+        total = self.met + points * seeds * (self.sweep.search.trials if self.sweep.search else 1)
+        if total > self.limit:
+            shown = f"{total:,}" if total < 10**15 else "more than 10^15"
+            raise TooMany(f"it has {shown} combinations or more, and at most {self.limit:,} are listed")
+        self.met = total if met else self.met
 
     def _ordered(self, axes: list[Axis]) -> list[Axis]:
         made: list[Axis] = []
@@ -183,7 +237,7 @@ class _Expander:
             axes = [a for a in axes if a not in free]
         return made
 
-    def _conditional(self, point: _Point, axis: Axis) -> list[_Point]:
+    def _conditional(self, point: Point, axis: Axis) -> list[Point]:
         if not self.holds(axis.when, self.values(point.tree()), point.labels):
             return [point]
         self.used.add(axis.path)
@@ -206,31 +260,46 @@ class _Expander:
                 return False
         return True
 
-    def read(self, point: _Point) -> None:
-        """Lists the runs of a point, one for each seed, and notes its mistakes."""
+    def read(self, point: Point, phase: str = "grid", seeds: Sequence[int] | None = None) -> list[str]:
+        """Lists the runs of a point, one for each seed, and notes its mistakes. Returns the hashes of those that can be run."""
         self.kept.setdefault(point.ident, False)
         self.fresh.setdefault(point.ident, False)
-        for tree in self._seeded(point):
-            values = self.values(tree) if self.matches else tree
-            hits = {name for name, match in self.matches.items() if self.holds(match, values, point.labels)}
+        hashes = []
+        for tree in self.seeded(point, seeds):
+            hits = self.hits(tree, point)
             self.used |= hits
             if any(word == "exclude" for word, _ in hits):
                 continue
             self.kept[point.ident] = True
-            config, wrong = self.reader.read(tree)
-            for mistake in wrong:
-                placed = _placed(mistake, point, tree)
-                if mistake.path[:1] == ("slices",) and placed.at is None and point.labels:
-                    # It stands in the file, and whether it holds depends on the model of the cell.
-                    cell = in_words(point.labels, self.short)
-                    placed = replace(placed, text=f"{mistake.text}, for example in the cell '{cell}'")
-                self.mistakes.setdefault((mistake.path, mistake.text), placed)
+            config = self.config(point, tree)
             if config is None:
                 self.fresh[point.ident] = True
             else:
-                self._add(point, config, bool(hits))
+                hashes.append(self._add(point, config, bool(hits), phase))
+        return hashes
 
-    def _seeded(self, point: _Point) -> Iterator[Mapping[str, Any]]:
+    def hits(self, tree: Mapping[str, Any], point: Point) -> set[tuple[str, int]]:
+        """Which of the matches hold."""
+        values = self.values(tree) if self.matches else tree
+        return {name for name, match in self.matches.items() if self.holds(match, values, point.labels)}
+
+    def config(self, point: Point, tree: Mapping[str, Any]) -> Config | None:
+        """The configuration of a point's tree. Mistakes in it are noted, with the places of what set the values."""
+        config, wrong = self.reader.read(tree)
+        for mistake in wrong:
+            placed = _placed(mistake, point, tree)
+            if mistake.path[:1] == ("slices",) and placed.at is None and point.labels:
+                # It stands in the file, and whether it holds depends on the model of the cell.
+                cell = in_words(point.labels, self.short)
+                placed = replace(placed, text=f"{mistake.text}, for example in the cell '{cell}'")
+            self.mistakes.setdefault((mistake.path, mistake.text), placed)
+        return config
+
+    def seeded(self, point: Point, given: Sequence[int] | None = None) -> Iterator[Mapping[str, Any]]:
+        """The tree of a point for each of the sweep's seeds, or for those that are given."""
+        if given is not None:
+            yield from map(point.tree, given)
+            return
         seeds, tree = self.sweep.seeds, point.tree()
         if isinstance(seeds, int):
             path = tuple(SEED.split("."))
@@ -242,19 +311,20 @@ class _Expander:
             seeds = ()
         yield from (point.tree(seed) for seed in seeds) if seeds else [tree]
 
-    def _add(self, point: _Point, config: Config, baseline: bool) -> None:
+    def _add(self, point: Point, config: Config, baseline: bool, phase: str) -> str:
         run_hash, cell_hash = self.reader.identity(config)
         known = self.runs.get(run_hash)
         if known is not None:
             self.runs[run_hash] = replace(known, baseline=True) if baseline and not known.baseline else known
-            return
+            return run_hash
         self.fresh[point.ident] = True
         if cell_hash not in self.names:
             words = in_words(point.labels, self.short)
             self.names[cell_hash] = f"{words} ({cell_hash[:4]})" if words in self.taken else words
             self.taken.add(words)
         cell = self.names[cell_hash]
-        self.runs[run_hash] = Run(run_hash, cell_hash, cell, config.train.seed, point.labels, config, baseline)
+        self.runs[run_hash] = Run(run_hash, cell_hash, cell, config.train.seed, point.labels, config, baseline, phase)
+        return run_hash
 
     def unused(self) -> Iterator[Mistake]:
         """What the sweep says in vain."""
@@ -262,11 +332,11 @@ class _Expander:
         advice = f"It is compared by key, case name or label; the sweep has {names}."
         for (word, i), match in self.matches.items():
             if (word, i) not in self.used:
-                yield Mistake(("sweep", word, str(i)), f"'{_condition(match)}' matches no run", advice)
+                yield Mistake(("sweep", word, str(i)), f"'{condition(match)}' matches no run", advice)
         for path, axis in self.conditions.items():
             if path not in self.used:
-                yield Mistake(path, f"its condition, '{_condition(axis.when)}', holds in no run", advice)
-        if not any(self.kept.values()):
+                yield Mistake(path, f"its condition, '{condition(axis.when)}', holds in no run", advice)
+        if not any(self.kept.values()) and not self.searches and not self.mistakes:
             yield Mistake(("sweep", "exclude"), "nothing is left: every run is excluded")
 
 
@@ -288,52 +358,18 @@ def _pinned(axis: Axis, keys: set[Key]) -> Axis | None:
     return Axis(axis.name, kept, axis.when, axis.path) if kept else None
 
 
-def _placed(mistake: Mistake, point: _Point, tree: Mapping[str, Any]) -> Mistake:
+def _placed(mistake: Mistake, point: Point, tree: Mapping[str, Any]) -> Mistake:
     """The mistake with the place of the axis or case that set the value; where nobody set it, of one that set its neighbour."""
     if is_form(get(tree, mistake.path)):
         mistake = replace(mistake, advice="A form stands for a whole axis; inside a list it is a plain value.")
     paths = {tuple(key.split(".")): place for key, place in point.places.items()}
     around = [path for path in paths if mistake.path[: len(path)] == path]
+    if not around:  # a section that is there only because an axis sets something in it
+        around = [path for path in paths if path[: len(mistake.path)] == mistake.path]
     if not around and get(tree, mistake.path, MISSING) is MISSING:
         around = [path for path in paths if path[:-1] == mistake.path[:-1]]
+        around = around or [
+            path for path in paths if mistake.path[1:] and path[: len(mistake.path) - 1] == mistake.path[:-1]
+        ]
     named = [path for path in around if path[-1] in mistake.text]
     return replace(mistake, at=paths[max(named or around, key=len)]) if around else mistake
-
-
-# Names ----------------------------------------------------------------------------------------------------------------------
-
-
-def in_words(labels: Mapping[str, Any], short: Mapping[str, str]) -> str:
-    """Labels in words: the case's name first, then each key by its short name. A cell has no seed."""
-    words = [str(labels["case"])] if "case" in labels else []
-    words += [f"{short[k]}={told(v)}" for k, v in labels.items() if k not in ("case", SEED)]
-    return ", ".join(words) or "default"
-
-
-def _condition(match: Match) -> str:
-    return ", ".join(f"{k}: {told(v)}" for k, v in match.items())
-
-
-def told(value: Any) -> str:
-    """A value as files write it, on one line; a long number with six significant digits."""
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{k}={told(v)}" for k, v in value.items() if k != "variant")
-        return f"{value['variant']}({inner})" if "variant" in value else f"({inner})"
-    if isinstance(value, list):
-        return f"[{', '.join(told(v) for v in value)}]"
-    if isinstance(value, float) and len(str(value)) > 8:
-        return f"{value:.6g}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key's shortest suffix of whole segments that no other key ends in."""
-    made = {}
-    for key in keys:
-        parts = key.split(".")
-        for n in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-n:])
-            if sum(k == suffix or k.endswith(f".{suffix}") for k in keys) == 1:
-                break
-        made[key] = suffix
-    return made

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path as File
 from typing import Any
@@ -16,9 +16,12 @@ from engine.corpus import DATA
 from engine.data import Corpus, settle, stage_corpus
 from lab.axes import SweepError
 from lab.base import Bases, content_now, relative_to
-from lab.expand import Expansion, Run, expand, told
+from lab.campaign import Campaign
+from lab.expand import Expansion, Run, expand
+from lab.naming import told
 from lab.reading import ConfigReader, default_value, sentences
-from lab.store import read_result
+from lab.rungs import in_vain
+from lab.store import read_result, suggested
 from lab.sweep import SEED, Sweep, SweepReader, apply_settings
 from model import GPT, assemble
 from train_args import Config, DataConfig, RunInfo, load_plugins, with_vocabulary
@@ -41,7 +44,8 @@ def new_reader(plugins: dict[str, str], bases: Bases | None = None) -> ConfigRea
 
 @dataclass
 class Listing:
-    """The runs of a file. `ids` gives each run's folder name by hash: the one on disk where there is one."""
+    """The runs of a file, of a search those that are known now. `ids` gives each run's folder name by hash: the one on disk
+    where there is one. `place` says where a part of the tree was written."""
 
     name: str
     folder: File
@@ -49,18 +53,54 @@ class Listing:
     expansion: Expansion
     reader: ConfigReader
     has_sweep: bool
+    place: Callable[[Path], str | None] = lambda path: None
     ids: dict[str, str] = field(default_factory=dict)
+    campaign: Campaign | None = None
 
     @property
     def runs(self) -> tuple[Run, ...]:
         return self.expansion.runs
+
+    @property
+    def more_to_come(self) -> int:
+        """How many runs the searches may still choose, at most."""
+        return self.campaign.more_to_come if self.campaign else 0
+
+    def show(self, hashes: Iterable[str], repeated: int) -> None:
+        """Lists these runs of the searches' expansion, in this order. repeated: how many suggestions were listed before."""
+        made = self.expansion.searches[0].work.expansion(hashes)
+        self.expansion = replace(made, duplicates=made.duplicates + repeated)
+        self.call(made.runs)
+
+    @cached_property
+    def on_disk(self) -> dict[str, str]:
+        """The names of the run folders that were there before this process made any, by hash."""
+        return {p.name.rpartition("-")[2]: p.name for p in self.folder.glob("*-*") if p.is_dir()}
+
+    def call(self, runs: Iterable[Run]) -> None:
+        """Gives runs their folders' names."""
+        search = self.expansion.sweep.search
+        seeds = {run.seed for run in self.runs} | {s for searched in self.expansion.searches for s in searched.seeds}
+        seeded = len(seeds) > 1 or bool(search and search.confirm)
+        for run in runs:
+            if run.hash not in self.ids:
+                label = _label(run, self.expansion.short, seeded)
+                self.ids[run.hash] = self.on_disk.get(run.hash) or f"{label}{run.hash}"
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """A run's result.json, or None where there is none."""
+        return read_result(self.path(run))
+
+    def sentence(self, mistake: Mistake) -> str:
+        """A mistake with its place."""
+        return sentences([mistake], self.place)[0]
 
     def path(self, run: Run) -> File:
         return self.folder / self.ids[run.hash]
 
     def status(self, run: Run) -> str | None:
         """What result.json says, or None."""
-        result = read_result(self.path(run))
+        result = self.result(run)
         return None if result is None else str(result.get("status"))
 
     def pending(self) -> list[Run]:
@@ -82,7 +122,10 @@ class Listing:
         base = self.reader.base(run.config)
         changed = {k: plain(v) for k, v in run.changed.items()}
         folder = str(base.folder) if base else ""
-        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, self.content(run), wandb, folder)
+        sweep = self.expansion.sweep
+        stopping = sweep.stop if run.phase != "confirm" else None
+        stop = {**asdict(stopping), "mode": sweep.objective["mode"]} if stopping else {}
+        return RunInfo(self.ids[run.hash], run.cell, changed, self.swept, self.content(run), wandb, folder, stop)
 
     def parameters(self, run: Run) -> int:
         """How many parameters a run's model has, adapters included."""
@@ -121,16 +164,36 @@ def open_listing(file: File | None, words: Sequence[str], trail: tuple[File, ...
     expansion, found = expand(base, sweep, pins, reader, lambda t, path: default_value(CATALOGUE, t, path))
     # What a sweep says in vain follows from what is wrong in it, and is told once that is mended.
     mistakes += [_hinted(m, composed) for m in found if not mistakes or m.path[:1] != ("sweep",)]
-    names = list(dict.fromkeys(run.config.name for run in expansion.runs))
-    if len(names) > 1:
-        text = f"it must be one for all runs, not {', '.join(map(repr, names[:3]))}"
-        mistakes.append(Mistake(("name",), text))
+    configs = [*(run.config for run in expansion.runs), *(searched.config for searched in expansion.searches)]
+    mistakes += _names(configs)
+    mistakes += [] if mistakes else in_vain(sweep.stop, configs)
     if mistakes:
         raise ConfigError(*_shortened(sentences(mistakes, composed.place)))
-    first = expansion.runs[0].config
-    listing = Listing(first.name, File(first.runner.root) / first.name, tree, expansion, reader, swept)
-    listing.ids = _ids(listing, expansion)
+    first = configs[0]
+    folder = File(first.runner.root) / first.name
+    listing = Listing(first.name, folder, tree, expansion, reader, swept, composed.place)
+    listing.call(listing.runs)
+    if expansion.searches:
+        _begin(listing, Campaign(listing, suggested(listing.folder)))
     return listing
+
+
+def _begin(listing: Listing, campaign: Campaign) -> None:
+    """Lists what a search chooses from the results that are there. Raises ConfigError where none of it can be run."""
+    listing.campaign = campaign
+    campaign.more(listing.result)
+    wrong = [m.sentence(listing.place(m.path)) for m in _names([run.config for run in listing.runs])]
+    if not wrong and not listing.runs:
+        wrong = ["sweep.search: none of the first suggestions can be run.", *campaign.refused]
+    if wrong:
+        raise ConfigError(*_shortened(wrong))
+
+
+def _names(configs: Sequence[Config]) -> list[Mistake]:
+    """A mistake where a sweep would have several names."""
+    names = list(dict.fromkeys(config.name for config in configs))
+    text = f"it must be one for all runs, not {', '.join(map(repr, names[:3]))}"
+    return [Mistake(("name",), text)] if len(names) > 1 else []
 
 
 def _is_of_the_machine(path: Path) -> bool:
@@ -180,13 +243,6 @@ def _hinted(mistake: Mistake, composed: Composed) -> Mistake:
     if len(mistake.path) == 1 and mistake.path[0] in composed.packages and mistake.text == "unknown key":
         return replace(mistake, advice="A preset begins with the line '# @package _global_'; this one lacks it.")
     return mistake
-
-
-def _ids(listing: Listing, expansion: Expansion) -> dict[str, str]:
-    on_disk = {p.name.rpartition("-")[2]: p.name for p in listing.folder.glob("*-*") if p.is_dir()}
-    seeded = len({run.seed for run in expansion.runs}) > 1
-    short = expansion.short
-    return {run.hash: on_disk.get(run.hash) or f"{_label(run, short, seeded)}{run.hash}" for run in expansion.runs}
 
 
 def _label(run: Run, short: Mapping[str, str], seeded: bool) -> str:

@@ -7,7 +7,10 @@ import contextlib
 import os
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import NoReturn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Turns that a thread of OpenMP (GNU's, which torch brings) spins for the others before it sleeps. Its own default holds a core for
 # milliseconds: with 2 threads on 2 cores and one other busy process, training became 10 times slower; idle, it gains nothing.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
+import sqlite3
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,21 @@ import torch
 
 from core.options import plain
 from core.yaml_files import ConfigError, dump
-from engine.device import pick, provenance
+from engine.device import pick
 from engine.tracking import resolve_mode
-from lab import packing, store
+from lab import claim, packing, rungs, store
 from lab.base import ended_as, untrained
-from lab.executors import LocalExecutor, Trial
+from lab.beside import Reporter
+from lab.conductor import Conductor
+from lab.devices import gpus
+from lab.executors import make
 from lab.expand import Run
 from lab.listing import ENDED, Listing
 from lab.plan import Slot, slots
 from lab.report import Listed, Summary, write_report
-from lab.store import Store, attempts, holder, read_result, write_atomically
-from lab.worker import Console, StopFlag, no_result, run_pack, write_result
+from lab.store import Store, Superseded, begin_attempt, holder, is_paused, progress, read_result, write_atomically
+from lab.wandb_sweep import log_sweep, summarised
+from lab.worker import Console, StopFlag, judge, run_pack
 from train_args import Config
 from variations import CATALOGUE
 
@@ -42,8 +44,9 @@ def devices(config: Config) -> tuple[str, ...]:
     """
     asked = config.runner.devices
     if asked == "auto" and config.train.device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return tuple(f"cuda:{i}" for i in range(count)) or (str(pick("cpu", config.train.dtype)),)
+        usable = torch.cuda.is_available()
+        found = tuple(gpus()) or tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) if usable else ()
+        return found or (str(pick("cpu", config.train.dtype)),)
     given = (config.train.device,) if asked == "auto" else (asked,) if isinstance(asked, str) else asked
     return tuple(str(pick(device, config.train.dtype)) for device in given)
 
@@ -56,22 +59,6 @@ def cores() -> int:
 def memory() -> int:
     """The bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[str | None]:
-    """None where this process is the only runner of the sweep, while inside; else who the other one is."""
-    with (folder / ".runner").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            yield handle.read() or "unknown"
-            return
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-        handle.flush()
-        yield None
 
 
 def train_bases(listing: Listing) -> int:
@@ -92,7 +79,15 @@ def train_bases(listing: Listing) -> int:
     return OK
 
 
-def run(listing: Listing) -> int:
+@dataclass(frozen=True)
+class Manner:
+    """How the command was given. `detach`: stopping leaves trials behind. `takeover`: of a sweep whose runner's machine is dead."""
+
+    detach: bool = False
+    takeover: bool = False
+
+
+def run(listing: Listing, manner: Manner = Manner()) -> int:
     """Carries out every run that is not done, and before them what they start from. Returns the exit code.
 
     Raises ConfigError where nothing can be started.
@@ -101,7 +96,7 @@ def run(listing: Listing) -> int:
     try:
         listing.settle()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".runner").open("a").close()
+        (folder / claim.FILE).open("a").close()
     except OSError as error:
         raise ConfigError(
             f"{error.filename or folder} cannot be written: {error.strerror}. Nothing was started."
@@ -110,42 +105,215 @@ def run(listing: Listing) -> int:
         raise ConfigError(str(error)) from None
     if code := train_bases(listing):
         return code
-    with exclusive(folder) as other, redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
-        if other is not None:
-            print(
-                f"{folder}: another runner is at work on this sweep ({other}). Wait for it, stop it, or give this one "
-                "another name=...",
-                file=sys.stderr,
-            )
-            return FAILED
-        return _run(listing)
-
-
-def _run(listing: Listing) -> int:
-    places = devices(listing.runs[0].config)
-    pending = listing.pending()
-    wandb = resolve_mode(listing.runs[0].config.tracking.wandb.mode) if pending else "off"
-    write_atomically(listing.folder / "sweep.yaml", dump(plain(listing.tree)))
-    for one in pending:
-        _prepare(listing, one, wandb)
-    database = Store(listing.folder / store.FILE)
-    stopped = hard = False
-    try:
-        database.list(_row(listing, one) for one in listing.runs)
-        if not listing.has_sweep and len(pending) == 1:
-            stopped = _alone(listing, pending[0], places, database)
-        elif pending:
-            stopped, hard = _together(listing, pending, places, database)
-    finally:
-        database.close()
-    if listing.has_sweep and not hard:
+    with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
         try:
-            print(f"\n{report(listing).text}")
-        except ValueError as error:
+            with claim.exclusive(folder, manner.takeover) as mine:
+                return _Sweep(listing, manner, mine).run()
+        except (claim.Refused, Superseded) as error:
             print(error, file=sys.stderr)
-            _close(listing, stopped)
             return FAILED
-    return _close(listing, stopped)
+        except (OSError, sqlite3.Error) as error:
+            what = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
+            advice = "What runs have saved is kept; make room or mend the folder and give the same command again."
+            print(f"{folder}: it could not be written, so the sweep stops here ({what}). {advice}", file=sys.stderr)
+            return FAILED
+
+
+class _Sweep:
+    """One command over a listing."""
+
+    def __init__(self, listing: Listing, manner: Manner, mine: claim.Claim) -> None:
+        self.listing, self.manner, self.claim = listing, manner, mine
+        self.config = listing.runs[0].config
+        self.runner = self.config.runner
+        self.pending: list[Run] = []
+        self.wandb = "off"
+        self.stopped = self.hard = False
+        self.failed: set[str] = set()  # by this command
+        self.why = ""
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        listing = self.listing
+        if self.manner.detach and self.runner.executor == "ray" and self.runner.ray.address is None:
+            raise ConfigError(
+                "--detach: a Ray that this command starts ends with it, and its trials too. Give runner.ray.address."
+            )
+        places = devices(self.config) if self.runner.executor == "local" else ()
+        write_atomically(listing.folder / "sweep.yaml", dump(plain(listing.tree)))
+        self.database = Store(listing.folder / store.FILE)
+        try:
+            if listing.campaign is not None:
+                listing.campaign.connect(self.database.recall, self.database.note)
+                listing.campaign.more(self.known)
+            self.pending = listing.pending()
+            self.wandb = resolve_mode(self.config.tracking.wandb.mode) if self.pending else "off"
+            for one in self.pending:
+                self.prepare(one)
+            self.tabulate()
+            if self.is_single():
+                self.alone(places[0])
+            elif self.pending:
+                self.together(places)
+        finally:
+            self.database.close()
+        if listing.has_sweep and not self.hard:
+            try:
+                told = report(listing)
+                print(f"\n{told.text}")
+                if self.pending:
+                    log_sweep(listing.folder, listing.name, self.config.tracking, self.wandb, summarised(told))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                self.close()
+                return FAILED
+        return self.close()
+
+    def is_single(self) -> bool:
+        """Whether it is one run that this process trains itself, with its progress on the terminal."""
+        local = self.runner.executor == "local" and self.runner.devices_per_trial == 1
+        return not self.listing.has_sweep and len(self.pending) == 1 and local
+
+    def tabulate(self) -> None:
+        """Sets the runs in the database."""
+        self.database.list(_row(self.listing, one) for one in self.listing.runs)
+
+    def prepare(self, one: Run) -> None:
+        """The run's folder and configuration, unless a killed runner's trial is at work there."""
+        folder = self.listing.path(one)
+        folder.mkdir(parents=True, exist_ok=True)
+        if holder(folder) is None:
+            data = one.config.data
+            data = replace(data, root=str(Path(data.root).resolve())) if data.root else data
+            config = replace(one.config, data=data, run=self.listing.info(one, self.wandb))
+            write_atomically(folder / "config.yaml", dump(plain(config)), lasting=False)
+
+    def alone(self, device: str) -> None:
+        """A single run, in this process and with its progress on the terminal."""
+        one = self.pending[0]
+        folder, threads = self.listing.path(one), one.config.runner.threads
+        if threads:
+            torch.set_num_threads(threads)
+        attempt = begin_attempt(folder)
+        self.database.event("running", folder.name, device=device)
+        with (
+            (folder / f"attempt-{attempt.number}.log").open("w", encoding="utf-8") as log,
+            redirect_stdout(Console(sys.stdout, log)),
+            redirect_stderr(Console(sys.stderr, log)),
+            StopFlag() as stop,
+        ):
+            print(f"{folder}: {one.config.iterations} iterations")
+            code = run_pack([folder], device=device, stop=stop, judges=judge)
+        self.stopped = code == STOPPED
+        self.database.event("stopped" if self.stopped else str((read_result(folder) or {}).get("status")), folder.name)
+
+    def together(self, places: tuple[str, ...]) -> None:
+        """Many runs, as trials of an executor."""
+        listing, runner = self.listing, self.runner
+
+        def here() -> list[Slot]:
+            if runner.executor != "local":
+                return [Slot("auto", runner.threads or 1, runner.devices_per_trial)]
+            runs = len(listing.runs) + listing.more_to_come
+            return slots(places, runner.per_device, runner.threads, cores(), runs, runner.devices_per_trial)
+
+        try:
+            executor = make(runner, here, listing.folder)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        reporter = Reporter(listing.folder)
+        conductor = Conductor(
+            listing,
+            self.database,
+            executor,
+            self.claim,
+            lambda some: self.pack(some, here),
+            self.grow,
+            self.promoted,
+            reporter if listing.has_sweep else lambda: None,
+        )
+        conductor.failed = self.failed
+        try:
+            with StopFlag(hard_ends=False) as stop:
+                conductor.go_on(self.pending, stop)
+                if stop():
+                    self.stop(conductor, stop)
+        finally:
+            executor.close()
+            reporter.close()
+        self.why = conductor.why
+
+    def known(self, one: Run) -> dict[str, Any] | None:
+        """What a search is told of a run: its result, or that it rests at a rung with the loss it has there. A run that failed
+        before this command is tried again."""
+        folder = self.listing.path(one)
+        result = read_result(folder)
+        if result is not None and result.get("status") == "failed" and folder.name not in self.failed:
+            return None
+        if result is None and is_paused(folder):
+            seen = progress(folder)
+            return {"status": "paused", "val_loss": seen.val_loss, "iters": seen.iter}
+        return result
+
+    def grow(self) -> list[Run]:
+        """Runs that a search chooses, now that others have ended."""
+        if self.listing.campaign is None:
+            return []
+        made = self.listing.campaign.more(self.known)
+        for one in made:
+            self.prepare(one)
+        if made:
+            self.tabulate()
+        return made
+
+    def promoted(self, resting: Sequence[str], last: bool) -> list[str]:
+        """Runs at rest that may pass their rung."""
+        sweep = self.listing.expansion.sweep
+        if sweep.stop is None:
+            return []
+        chosen = rungs.promotions(self.listing.folder, resting, sweep.stop, sweep.objective["mode"], last)
+        for run in chosen:
+            rungs.promote(self.listing.folder, run)
+        return chosen
+
+    def stop(self, conductor: Conductor, stop: StopFlag) -> None:
+        """The user has asked to stop."""
+        self.stopped, executor = True, conductor.executor
+        if self.manner.detach and not stop.hard:
+            count = len(executor.live)
+            print(f"{count} trials train on without this runner. The same command takes them up again.", flush=True)
+            return
+        print("stopping: trials save a checkpoint; Ctrl-C again ends them at once", flush=True)
+        executor.stop(lambda: stop.hard)
+        for end in executor.ended():
+            conductor.settle(end, stopping=True)
+        self.hard = stop.hard
+
+    def pack(self, some: Sequence[Run], here: Callable[[], list[Slot]]) -> list[list[Run]]:
+        """Runs as the trials that they are carried out in."""
+        places, runner = here(), self.runner
+
+        def most(one: Run) -> int:
+            return packing.fitting(self.listing.parameters(one), memory(), len(places))
+
+        how = runner.pack if runner.devices_per_trial == 1 else "off"
+        if runner.executor != "local" and how == "auto":
+            how = "off"  # nobody knows how many places a cluster has
+        return packing.groups(some, how, places, self.listing.content, CATALOGUE, most)
+
+    def close(self) -> int:
+        """The last line: how the runs ended. Returns the exit code."""
+        listing = self.listing
+        if listing.campaign is not None:
+            for told in listing.campaign.refused:
+                print(told)
+        counts = Counter(listing.status(r) or "unfinished" for r in listing.runs)
+        told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        again = ". The same command continues." if counts["unfinished"] else ""
+        print(f"{listing.folder}: {told}{again}", flush=True)
+        if self.stopped:
+            return STOPPED
+        return FAILED if counts["failed"] else STOPPED if counts["unfinished"] else OK
 
 
 def _row(listing: Listing, one: Run) -> store.Row:
@@ -160,150 +328,17 @@ def _row(listing: Listing, one: Run) -> store.Row:
         one.baseline,
         length,
         status if status in ENDED else "waiting",
+        one.phase,
     )
-
-
-def _prepare(listing: Listing, one: Run, wandb: str) -> None:
-    """The run's folder and configuration, unless a killed runner's trial is at work there."""
-    folder = listing.path(one)
-    folder.mkdir(parents=True, exist_ok=True)
-    if holder(folder) is None:
-        data = one.config.data
-        data = replace(data, root=str(Path(data.root).resolve())) if data.root else data
-        config = replace(one.config, data=data, run=listing.info(one, wandb))
-        write_atomically(folder / "config.yaml", dump(plain(config)))
-
-
-def _alone(listing: Listing, one: Run, places: tuple[str, ...], database: Store) -> bool:
-    """A single run, in this process and with its progress on the terminal. Returns whether it was stopped."""
-    folder, threads = listing.path(one), one.config.runner.threads
-    if threads:
-        torch.set_num_threads(threads)
-    (folder / "result.json").unlink(missing_ok=True)  # of a failed attempt
-    database.event("running", folder.name, device=places[0])
-    with (
-        (folder / f"attempt-{attempts(folder) + 1}.log").open("w", encoding="utf-8") as log,
-        redirect_stdout(Console(sys.stdout, log)),
-        redirect_stderr(Console(sys.stderr, log)),
-        StopFlag() as stop,
-    ):
-        print(f"{folder}: {one.config.iterations} iterations")
-        code = run_pack([folder], device=places[0], stop=stop)
-    database.event("stopped" if code == STOPPED else _status(folder), folder.name)
-    return code == STOPPED
-
-
-def _together(listing: Listing, pending: list[Run], places: tuple[str, ...], database: Store) -> tuple[bool, bool]:
-    """Many runs, as processes. Returns whether it was stopped, and whether at once."""
-    runner = listing.runs[0].config.runner
-    executor = LocalExecutor(slots(places, runner.per_device, runner.threads, cores(), len(listing.runs)))
-    queue = _trials(listing, pending, executor.free)
-    teller = _Teller(listing, len(listing.runs) - len(pending), database)
-    with StopFlag(hard_ends=False) as stop:
-        while (queue or executor.live) and not stop():
-            while queue and executor.free:
-                listed = queue.pop(0)
-                some = [one for one in listed if listing.status(one) not in ENDED]
-                teller.done += len(listed) - len(some)  # a trial of a killed runner ended them meanwhile
-                if not some:
-                    continue
-                trial = executor.start([listing.path(one) for one in some])
-                left = [one for one in some if listing.path(one) not in trial.folders]
-                queue[:0] = [left] if left else []  # other processes train them
-                for folder in trial.folders:
-                    adopted = trial.process is None
-                    database.event("running", folder.name, device=trial.slot.device, adopted=adopted)
-            executor.wait()
-            for trial, folder, code in executor.finished():
-                teller.ended(trial, folder, code)
-        if not stop():
-            return False, False
-        print("stopping: trials save a checkpoint; Ctrl-C again ends them at once", flush=True)
-        executor.stop(lambda: stop.hard)
-        for trial, folder, code in executor.finished():
-            teller.ended(trial, folder, code, stopping=True)
-        return True, stop.hard
-
-
-def _trials(listing: Listing, pending: list[Run], places: list[Slot]) -> list[list[Run]]:
-    """The runs to be carried out, as packs; first those that the processes of a killed runner train, to be adopted together."""
-    held: dict[int, list[Run]] = {}
-    rest: list[Run] = []
-    for one in pending:
-        process = holder(listing.path(one))
-        (rest if process is None else held.setdefault(process, [])).append(one)
-
-    def most(one: Run) -> int:
-        return packing.fitting(listing.parameters(one), memory(), len(places))
-
-    pack = listing.runs[0].config.runner.pack
-    return [*held.values(), *packing.groups(rest, pack, places, listing.content, CATALOGUE, most)]
-
-
-class _Teller:
-    """Notes and tells how runs end."""
-
-    def __init__(self, listing: Listing, done: int, database: Store) -> None:
-        self.listing, self.done, self.database, self.started = listing, done, database, time.monotonic()
-        self.runs = {listing.ids[one.hash]: one for one in listing.runs}
-
-    def ended(self, trial: Trial, folder: Path, code: int | None, stopping: bool = False) -> None:
-        """A run without a result was stopped, or else its process died, which becomes its result."""
-        one, missing = self.runs[folder.name], read_result(folder) is None
-        stopped = missing and (code == STOPPED or stopping)
-        if missing and not stopped:
-            error = f"The process died without a result: {_death(trial, folder, code)}"
-            known = {"cell": one.cell, "seed": one.seed, "error": error, "provenance": provenance(None)}
-            write_result(folder, no_result(folder, pack=len(trial.folders), **known))
-        status = "stopped" if stopped else _status(folder)
-        self.done += status != "stopped"
-        self.database.event(status, folder.name, exit_code=code)
-        if not stopping:
-            self.tell(one, folder, status)
-
-    def tell(self, one: Run, folder: Path, status: str) -> None:
-        result = read_result(folder) or {}
-        loss = result.get("val_loss")
-        words = f", validation loss {loss:.4f}" if loss is not None else ""
-        seed = f", seed {one.seed}" if "train.seed" not in one.changed else ""
-        error = str(result.get("error") or "").strip().splitlines()
-        why = f": {error[-1]} (see {folder})" if error else ""
-        seconds = time.monotonic() - self.started
-        total = len(self.listing.runs)
-        print(f"[{self.done}/{total}, {seconds:.0f} s] {status}: {one.cell}{seed}{words}{why}", flush=True)
-
-
-def _death(trial: Trial, folder: Path, code: int | None) -> str:
-    """How a process ended that left a run without a result, and where its last words are."""
-    assert code is not None
-    why = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code is {code}"
-    first = folder if trial.process is None else trial.folders[0]  # an adopted run's own log names the first's
-    log = f"attempt-{attempts(first)}.log"
-    place = log if first == folder else f"../{first.name}/{log}"
-    return f"{'nobody saw it end' if trial.process is None else why}. Its last words are in {place}."
-
-
-def _status(folder: Path) -> str:
-    result = read_result(folder)
-    return "failed" if result is None else str(result["status"])
 
 
 def report(listing: Listing) -> Summary:
     """Writes the report of a listing from its run folders."""
     listed = [
-        Listed(listing.ids[r.hash], r.cell, r.seed, dict(plain(r.changed)), listing.path(r), r.baseline)
+        Listed(listing.ids[r.hash], r.cell, r.seed, dict(plain(r.changed)), listing.path(r), r.baseline, r.phase)
         for r in listing.runs
     ]
-    objective: Any = listing.expansion.sweep.objective
-    return write_report(listing.folder, listing.name, listed, objective["metric"], objective["mode"])
-
-
-def _close(listing: Listing, stopped: bool) -> int:
-    """The last line: how the runs ended. Returns the exit code."""
-    counts = Counter(listing.status(r) or "unfinished" for r in listing.runs)
-    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    again = ". The same command continues." if counts["unfinished"] else ""
-    print(f"{listing.folder}: {told}{again}", flush=True)
-    if stopped:
-        return STOPPED
-    return FAILED if counts["failed"] else STOPPED if counts["unfinished"] else OK
+    sweep = listing.expansion.sweep
+    tune = (*sweep.tune, *(dimension.key for dimension in sweep.search.over)) if sweep.search else sweep.tune
+    how: dict[str, Any] = {"tune": tune, "stop": sweep.stop.method if sweep.stop else None}
+    return write_report(listing.folder, listing.name, listed, **sweep.objective, **how)

@@ -8,10 +8,11 @@ from typing import Any
 
 from core.compose import COMMAND_LINE, Composed, Setting, drop_nulls, get, leaves, names_variant, put
 from core.options import Mistake, Path, nearest
-from lab.axes import Axis, Choice, Key, SweepError, read_values
+from lab.axes import MAX_VALUES, Axis, Choice, Key, SweepError, read_values
+from lab.searching import Search, Stop, read_search, read_stop, read_tune
 
-WORDS = ("grid", "zip", "groups", "cases", "exclude", "baseline", "seeds", "objective", "max_runs")
-LATER = ("search", "stop", "tune")
+CHOOSING = ("search", "stop", "tune")
+WORDS = ("grid", "zip", "groups", "cases", "exclude", "baseline", "seeds", "objective", "max_runs", *CHOOSING)
 CASE_WORDS = ("use", "set", "grid", "zip", "groups")
 MAX_RUNS = 1000
 MAX_SEEDS = 100_000
@@ -32,6 +33,9 @@ class Sweep:
     seeds: int | tuple[int, ...] = 1
     objective: Mapping[str, Any] = field(default_factory=lambda: {"metric": "val_loss", "mode": "min"})
     max_runs: int = MAX_RUNS
+    tune: tuple[Key, ...] = ()
+    search: Search | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class SweepReader:
         self.mistakes: list[Mistake] = []
         self.places: dict[Path, str] = {}
         self.packages: set[str] = set()
+        self.values = 0  # of all axes
 
     def wrong(self, path: Path, text: str, advice: str = "") -> None:
         self.mistakes.append(Mistake(path, text, advice))
@@ -62,20 +67,26 @@ class SweepReader:
             self.wrong(("sweep",), f"{given!r} is not a mapping")
             return Sweep()
         for word in given:
-            if word in LATER:
-                self.wrong(("sweep", word), "not available yet", "Leave it out.")
-            elif word not in WORDS:
+            if word not in WORDS:
                 self.wrong(("sweep", word), "unknown key", nearest(word, WORDS))
+        search = read_search(given.get("search"), self.key, self.wrong)
+        searched = [dimension.axis for dimension in search.over] if search else []
         axes = self.axes(given, ("sweep",))
-        cases = self.cases(given.get("cases"), axes)
+        self.once([*axes, *searched])
+        cases = self.cases(given.get("cases"), [*axes, *searched])
+        every = [*axes, *(axis for case in cases.values() for axis in case.axes)]
+        objective = self.objective(given.get("objective", {}))
         return Sweep(
             axes,
             cases,
             tuple(self.matches(given.get("exclude"), ("sweep", "exclude"))),
             tuple(self.matches(given.get("baseline"), ("sweep", "baseline"))),
-            self.seeds(given.get("seeds", 1), [*axes, *(axis for case in cases.values() for axis in case.axes)]),
-            self.objective(given.get("objective", {})),
+            self.seeds(given.get("seeds", 1), every),
+            objective,
             self.max_runs(given.get("max_runs", MAX_RUNS)),
+            read_tune(given.get("tune"), {label for axis in [*every, *searched] for label in axis.labels}, self.wrong),
+            search,
+            read_stop(given.get("stop"), objective["metric"], self.wrong),
         )
 
     def axes(self, given: Mapping[str, Any], path: Path) -> tuple[Axis, ...]:
@@ -130,10 +141,13 @@ class SweepReader:
     def grid(self, given: Any, path: Path) -> Iterator[Axis]:
         for key, axis in self.mapping(given, path).items():
             below = (*path, key)
-            if axis is None or not self.key(key, below):
+            if axis is None or not self.key(key, below) or self.values > MAX_VALUES:
                 continue
             try:
                 values = read_values(axis)
+                self.values += len(values.pairs)
+                if self.values > MAX_VALUES:
+                    raise SweepError(f"with this axis there are more than {MAX_VALUES:,} values", "Shorten some axes.")
             except SweepError as error:
                 self.wrong(below, str(error), error.advice)
                 continue
@@ -169,7 +183,7 @@ class SweepReader:
             else:
                 self.wrong(below, "the group has no alternatives")
 
-    def cases(self, given: Any, outer: tuple[Axis, ...]) -> dict[str, Case]:
+    def cases(self, given: Any, outer: Sequence[Axis]) -> dict[str, Case]:
         made = {}
         for name, case in self.mapping(given, ("sweep", "cases")).items():
             path: Path = ("sweep", "cases", name)
@@ -194,7 +208,7 @@ class SweepReader:
         for name in names:
             try:
                 made = self.preset(name) if isinstance(name, str) else None
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self.wrong(path, str(error).rstrip("."), getattr(error, "advice", ""))
                 continue
             if made is None:
@@ -310,7 +324,7 @@ def _with_axis(tree: dict[str, Any], key: Key, values: list[Any]) -> dict[str, A
 
 
 def _without(sweep: Any, key: Key, axis: bool) -> Any:
-    """A sweep's section, and its cases, without the axis over `key`. Alternatives of groups no longer set it."""
+    """A sweep's section, and its cases, without the axis over `key`: no alternative of a group sets it, no search chooses it."""
     if not isinstance(sweep, Mapping):
         return sweep
     made = dict(sweep)
@@ -329,6 +343,13 @@ def _without(sweep: Any, key: Key, axis: bool) -> Any:
         made["cases"] = {name: _without(case, key, axis) for name, case in made["cases"].items()}
     if key == SEED and (axis or isinstance(made.get("seeds"), list)):
         made.pop("seeds", None)  # they are an axis over it
+    over = get(made, ("search", "over"))
+    if isinstance(over, Mapping) and key in over:
+        made["search"] = {**made["search"], "over": _less(over, key)}
+        if len(over) == 1:
+            made.pop("search")  # nothing is left to choose
+    if not axis and isinstance(made.get("tune"), list):
+        made["tune"] = [k for k in made["tune"] if k != key]
     return made
 
 

@@ -105,7 +105,7 @@ def front(
 ) -> Callable[..., tuple[int, str, str]]:
     """The front door: words -> exit code, what was printed, what was complained of. Nothing is trained."""
 
-    def started(listing: Listing) -> int:
+    def started(listing: Listing, manner: object) -> int:
         raise AssertionError(f"started {len(listing.runs)} runs")
 
     monkeypatch.setattr(lab.runner, "run", started)

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from lab import stats
 from lab.report import Listed, Summary, write_report
+from lab.reporting import drawing
+from lab.reporting.cells import Board
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MINUS = "\N{MINUS SIGN}"
@@ -22,15 +23,16 @@ class Sweep:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs: list[Listed] = []
-        self.boards: list[stats.Board] = []
+        self.drawn: list[drawing.Drawn] = []
 
     def add(self, cell: str, seed: int, loss: float | None = None, status: str | None = "done", **more: Any) -> Path:
-        """A run, not ended where there is no status. `more`: baseline, changed, metrics, and fields of the result."""
+        """A run, not ended where there is no status. `more`: baseline, changed, phase, metrics, and fields of the result."""
         run_id = f"r{len(self.runs)}"
         folder = self.folder / run_id
         folder.mkdir(parents=True)
         changed = {"train.seed": seed, **more.pop("changed", {})}
-        self.runs.append(Listed(run_id, cell, seed, changed, folder, more.pop("baseline", False)))
+        baseline, phase = more.pop("baseline", False), more.pop("phase", "grid")
+        self.runs.append(Listed(run_id, cell, seed, changed, folder, baseline, phase))
         if (metrics := more.pop("metrics", None)) is not None:
             (folder / "metrics.jsonl").write_bytes(metrics)
         if status is not None:
@@ -48,14 +50,14 @@ class Sweep:
     def html(self) -> str:
         return (self.folder / "report.html").read_text(encoding="utf-8")
 
-    def keep(self, board: stats.Board) -> bytes:
-        """Stands for a picture."""
-        self.boards.append(board)
-        return PNG
+    def keep(self, drawn: drawing.Drawn) -> list[tuple[str, bytes]]:
+        """Stands for the pictures."""
+        self.drawn.append(drawn)
+        return []
 
     @property
-    def board(self) -> stats.Board:
-        return self.boards[-1]
+    def board(self) -> Board:
+        return self.drawn[-1].board
 
 
 def evals(*losses: float | None, step: int = 100) -> bytes:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,22 @@ class Silent:
     def log(self, record: dict[str, Any]) -> None: ...
 
 
+def makers(
+    root: Path, folder: Path, every: Sequence[Mapping[str, Any]], device: str = "cpu"
+) -> list[Callable[[], pack.Member]]:
+    """What makes runs of `tree(root, ...)` for each of the changes, in folders 0, 1, ..., continued from checkpoints there."""
+
+    def make(i: int) -> pack.Member:
+        (folder / str(i)).mkdir(parents=True, exist_ok=True)
+        run = Run(*read(root, **every[i]), folder / str(i), torch.device(device))
+        return pack.Member(run, Silent(), lambda state, evaluated: None, lambda: False)
+
+    return [partial(make, i) for i in range(len(every))]
+
+
 def members(root: Path, folder: Path, every: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[pack.Member]:
-    """Runs of `tree(root, ...)` for each of the changes, ready to be a pack."""
-    made = []
-    for i, changes in enumerate(every):
-        (folder / str(i)).mkdir(parents=True)
-        run = Run(*read(root, **changes), folder / str(i), torch.device(device))
-        made.append(pack.Member(run, Silent(), lambda state, evaluated: None, lambda: False))
-    return made
+    """Runs of `makers`, made."""
+    return [make() for make in makers(root, folder, every, device)]
 
 
 def drive(run: Run, stop: Callable[[], bool] = lambda: False) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from core.weights import mismatch, weights
 from core.yaml_files import ConfigError
+from engine import checkpoint
 from engine.base import load_base
 from model import GPT
 
@@ -53,7 +54,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_filled(data: Path, tmp_
         r"it has adapters; merge them first\.": {**saved, "h.0.attn.qkv.adapter[q].lora_a": torch.zeros(2, 16)},
     }
     for told, tensors in wrong.items():
-        save_file(tensors, newest / "model.safetensors")
+        checkpoint.save(newest.parent, 0, tensors, {}, {"iter": 0})
         with pytest.raises(ConfigError, match=told):
             load_base(run.plain, tmp_path / "own")
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run.plain).items())

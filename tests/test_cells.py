@@ -8,7 +8,7 @@ import pytest
 from conftest import Desk, dig
 
 from lab.axes import same
-from lab.expand import in_words, short_names
+from lab.naming import in_words, short_names
 
 LR = "optimizer.learning_rate"
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import convert.__main__
+import sample
+import train
+from core.saved import Damaged, read
 from core.weights import load_weights, weights
 from core.yaml_files import ConfigError
 from engine import checkpoint
-from engine.checkpoint import latest, save
+from engine.base import load_base
+from engine.checkpoint import PARTS, latest, resumed, save
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,6 +120,109 @@ def test_a_damaged_one_falls_back_to_the_one_before(tmp_path: Path, part: str, d
     assert names(tmp_path) == ["00000003", "00000005"], "the damaged one is gone and does not count among the two"
 
 
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def damages(folder: Path, count: int) -> Iterator[Path]:
+    """Damages a file of a checkpoint in one way after another, mended between them: `count` bits flipped and `count` lengths for
+    each file, and each file taken away."""
+    draw = random.Random(7)
+    for name in FILES:
+        file = folder / name
+        whole = file.read_bytes()
+        for _ in range(count):
+            flip(file, draw.randrange(8 * len(whole)))
+            yield file
+            file.write_bytes(whole[: draw.randrange(len(whole))])
+            yield file
+            file.write_bytes(whole)
+        file.unlink()
+        yield file
+        file.write_bytes(whole)
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, 3, 6)
+    seen = 0
+    for file in damages(tmp_path / "00000006", 40):
+        found = latest(tmp_path, PARTS)
+        assert found is not None and found.state == state(3), f"{file}: {file.read_bytes()!r}"
+        first, second = capsys.readouterr().err.splitlines()
+        assert first.startswith(f"{file}: it") and second == "That of iteration 3 is used instead."
+        seen += 1
+    assert seen == 3 * 81
+    found = latest(tmp_path, PARTS)
+    assert found is not None and found.state == state(6) and capsys.readouterr().err == "", "it is mended"
+
+
+def test_each_bit_of_the_state_counts(tmp_path: Path) -> None:
+    """Also those whose change leaves JSON: the names of keys, digits, and what tells old checkpoints from new ones."""
+    put(tmp_path, 6)
+    file = tmp_path / "00000006" / "state.json"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        file.write_bytes(whole)
+        flip(file, bit)
+        with pytest.raises(Damaged):
+            read(file.parent)
+            raise AssertionError(file.read_bytes())
+    file.write_bytes(whole)
+    assert read(file.parent).state == state(6)
+
+
+def test_content_is_read_where_it_will_be_used_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, 3, 6)
+    file = tmp_path / "00000006" / "optimizer.safetensors"
+    flip(file, 8 * file.stat().st_size - 1)
+    for parts, iteration in (((), 6), (["model"], 6), (["optimizer"], 3), (PARTS, 3)):
+        found = latest(tmp_path, parts)
+        assert found is not None and found.state["iter"] == iteration
+    assert capsys.readouterr().err.count("is used instead") == 2
+    file.unlink()
+    for parts, iteration in (((), 3), (["model"], 6)):
+        found = latest(tmp_path, parts)
+        assert found is not None and found.state["iter"] == iteration
+    assert capsys.readouterr().err == "", "whoever only asks whether there is one is told nothing"
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path: Path) -> None:
+    """Those from before there were any, and those whose tensors somebody has edited."""
+    put(tmp_path, 3, 6)
+    file = tmp_path / "00000006" / "state.json"
+    for written in (state(6), {"state": state(6)}):
+        save_file({"w": torch.full((3, 4), 8.0)}, tmp_path / "00000006" / "model.safetensors")
+        file.write_text(json.dumps(written))
+        found = resumed(tmp_path)
+        assert (
+            found is not None and found.state == state(6) and torch.equal(found.model()["w"], torch.full((3, 4), 8.0))
+        )
+    for written in ({"state": state(6), "checksums": {}}, {"state": []}, {"state": state(6), "more": 1}):
+        file.write_text(json.dumps(written))
+        found = latest(tmp_path)
+        assert found is not None and found.state == state(3), written
+
+
+def test_a_run_puts_damaged_checkpoints_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, 3, 6)
+    flip(tmp_path / "00000006" / "model.safetensors", 2000)
+    for _ in range(2):  # who asks again is told nothing new
+        found = resumed(tmp_path)
+        assert found is not None and found.state == state(3)
+    assert capsys.readouterr().err.count("00000006") == 2, "the file, and where its checksum is"
+    assert names(tmp_path) == ["00000003", "damaged-00000006"]
+    flip(tmp_path / "00000003" / "state.json", 9)
+    assert resumed(tmp_path) is None
+    assert capsys.readouterr().err.endswith("No earlier one can be used.\n")
+    put(tmp_path, 7)
+    assert names(tmp_path) == ["00000007"]
+
+
 def test_state_is_strict_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         save(tmp_path, 1, tensors(1), {}, {"iter": 1, "train_loss": float("nan")})
@@ -177,23 +289,60 @@ def test_a_run_does_not_continue_another_model(root: Path, tmp_path: Path) -> No
     ):
         runs.make(tmp_path / "run", muon, corpus)
     file = next((tmp_path / "run/checkpoint").glob("*/state.json"))
-    file.write_text(json.dumps({**json.loads(file.read_text()), "unknown": 1}))
+    file.write_text(json.dumps({"state": {**json.loads(file.read_text())["state"], "unknown": 1}}))
     with pytest.raises(ConfigError, match="unexpected keyword argument 'unknown'"):
         runs.make(tmp_path / "run", config, corpus)
 
 
-def test_a_run_with_a_truncated_checkpoint_is_still_the_undisturbed_one(root: Path, tmp_path: Path) -> None:
+def test_a_run_with_damaged_checkpoints_is_still_the_undisturbed_one(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of the newest that is flipped, cut or gone: back to the one before. All of them: back to nothing, which is said."""
     config, corpus = runs.read(root)
     assert runs.drive(runs.make(tmp_path / "whole", config, corpus)) == "done"
-    first = runs.make(tmp_path / "parts", config, corpus)
+    first = runs.make(tmp_path / "stopped", config, corpus)
     assert runs.drive(first, lambda: first.state.iter == 5) == "stopped"
-    file = tmp_path / "parts/checkpoint/00000005/model.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
-    second = runs.make(tmp_path / "parts", config, corpus)
-    assert second.state.iter == 3
-    assert runs.drive(second) == "done"
-    assert runs.saved_bytes(tmp_path / "parts") == runs.saved_bytes(tmp_path / "whole")
-    assert runs.records(tmp_path / "parts") == runs.records(tmp_path / "whole")
+
+    def continued(expected: int) -> str:
+        run = runs.make(tmp_path / "parts", config, corpus)
+        assert run.state.iter == expected
+        assert runs.drive(run) == "done"
+        assert runs.saved_bytes(tmp_path / "parts") == runs.saved_bytes(tmp_path / "whole")
+        assert runs.records(tmp_path / "parts") == runs.records(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "parts")
+        return capsys.readouterr().err
+
+    for file in damages(tmp_path / "stopped/checkpoint/00000005", 2):
+        shutil.copytree(tmp_path / "stopped", tmp_path / "parts")
+        told = continued(3)
+        assert f"parts/checkpoint/00000005/{file.name}: it" in told and "That of iteration 3 is used" in told
+    shutil.copytree(tmp_path / "stopped", tmp_path / "parts")
+    for name in ("00000003/optimizer.safetensors", "00000005/model.safetensors"):
+        file = tmp_path / "parts/checkpoint" / name
+        flip(file, 8 * file.stat().st_size - 1)
+    told = continued(0)
+    assert told.count("its checksum differs") == 2 and "No earlier one can be used." in told
+
+
+def test_nobody_uses_damaged_weights(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other programs fall back too; but a run does not start from another's earlier weights than those its identity names."""
+    assert (
+        train.main(["--config", str(runs.write(tmp_path / "x.yaml", runs.tree(root, runner__root=str(tmp_path))))]) == 0
+    )
+    (folder,) = (p.parent for p in tmp_path.glob("x/*/result.json"))
+    capsys.readouterr()
+    file = folder / "checkpoint/00000008/model.safetensors"
+    flip(file, 8 * file.stat().st_size - 1)
+    before = load_file(folder / "checkpoint/00000006/model.safetensors")
+    model, _ = sample.load(folder, torch.device("cpu"), False)
+    for made in (weights(model), weights(convert.__main__.load(folder))):
+        assert all(torch.equal(made[name], tensor) for name, tensor in before.items())
+    assert capsys.readouterr().err.count("That of iteration 6 is used instead.") == 2
+    with pytest.raises(ConfigError, match=r"model.safetensors: it is not what .* No run starts from damaged weights"):
+        load_base(model, folder)
+    words = [f"train.init_from={folder}", f"data.root={root}", "--dry-run"]
+    assert train.main(words) == 2
+    assert re.search(r"train.init_from: the checkpoint of the run .* is damaged .*Remove", capsys.readouterr().err)
 
 
 def test_a_run_s_checkpoint_holds_tensors_and_plain_data(root: Path, tmp_path: Path) -> None:

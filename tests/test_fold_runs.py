@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
 import torch
+from packs import MOE, NUMBERS, Pack, read
 from torch import Tensor
 
 from engine import pack
 from engine.data import Corpus
-from engine.loop import Run, Stopped
 from engine.pack import Member
 from engine.together import Together
-from engine.tracking import Metrics
 from train_args import Config
 from variations import CATALOGUE
 from variations.activation.elementwise import GELU
-
-# Widths are multiples of 64, which kernels take without a rest, and of no number of rows: 5 of each run.
-WIDE: dict[str, Any] = {
-    "model__n_layer": 1, "model__n_head": 4, "model__n_embd": 64, "model__vocab_size": 64, "train__batch_size": 5,
-    "train__max_iters": 6, "train__checkpoint_interval": 2,
-}  # fmt: skip
-NUMBERS: list[dict[str, Any]] = [
-    {"optimizer__learning_rate": 0.02, "train__max_iters": 7, "train__grad_clip": 0.1},
-    {"train__seed": 3, "optimizer__weight_decay": 0.5, "train__gradient_accumulation_steps": 2},
-    {"train__init_seed": 4, "train__max_iters": 5, "schedule__warmup_iters": 3},
-    {"train__data_seed": 5, "train__gradient_accumulation_steps": 3, "train__grad_clip": None},
-    {"train__seed": 6, "train__grad_clip": 0.5, "train__eval_interval": 3},
-]
-MOE = {"variant": "moe", "experts": 4, "width": 64}
-Changes = Sequence[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -45,55 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def configs(root: Path) -> Callable[..., list[tuple[Config, Corpus]]]:
-    def read(changes: Changes, **common: Any) -> list[tuple[Config, Corpus]]:
-        return [runs.read(root, **{**WIDE, **common, **change}) for change in changes]
-
-    return read
-
-
-class Pack:
-    """The runs of configurations below a folder, alone and together. `at`: each run stops at its iteration."""
-
-    def __init__(self, folder: Path, configs: Sequence[tuple[Config, Corpus]]) -> None:
-        self.folder, self.configs, self.sizes = folder, list(configs), list[int]()
-
-    def solo(self, at: Sequence[int | None] | None = None) -> list[str]:
-        told = []
-        for i, config in enumerate(self.configs):
-            run = runs.make(self.folder / f"solo{i}", *config)
-            told.append(runs.drive(run, self.stop(run, at[i] if at else None)))
-        return told
-
-    def stop(self, run: Run, at: int | None) -> Callable[[], bool]:
-        return lambda: run.state.iter == at
-
-    def together(
-        self, at: Sequence[int | None] | None = None, mend: Callable[[int, Member], Member] = lambda i, m: m, **how: Any
-    ) -> list[str | Exception]:
-        members, files, told = list[Member](), list[Metrics](), dict[int, str | Exception]()
-        for i, config in enumerate(self.configs):
-            run = runs.make(self.folder / f"pack{i}", *config)
-            files.append(Metrics(run.folder / "metrics.jsonl", keep_to=run.state.iter or None))
-            tracker: Any = files[-1]
-            members.append(
-                mend(i, Member(run, tracker, lambda state, evaluated: None, self.stop(run, at[i] if at else None)))
-            )
-
-        def ended(member: Member, how: str | Exception) -> None:
-            assert members.index(member) not in told, "told once"
-            told[members.index(member)] = "stopped" if isinstance(how, Stopped) else how
-            files[members.index(member)].close()
-
-        pack.train(members, ended, fold=how.pop("fold", True), exact=True, **how)
-        self.members = members
-        return [told[i] for i in range(len(members))]
-
-    def equal(self, some: Sequence[int] | None = None) -> None:
-        for i in range(len(self.configs)) if some is None else some:
-            a, b = self.folder / f"solo{i}", self.folder / f"pack{i}"
-            assert runs.records(a) == runs.records(b), f"records of run {i}"
-            assert len(list((a / "checkpoint").iterdir())) == len(list((b / "checkpoint").iterdir()))
-            assert runs.saved_bytes(a) == runs.saved_bytes(b), f"checkpoint of run {i}"
+    return partial(read, root)
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +192,7 @@ def test_a_run_that_diverges_ends_alone(tmp_path: Path, configs: Any, folds: lis
     assert made.solo() == wanted and made.together() == wanted
     made.equal()
     assert folds == [5, 2]
-    for i, member in enumerate(made.members):
+    for i, member in made.members.items():
         solo = runs.make(tmp_path / f"again{i}", *made.configs[i])
         assert runs.drive(solo) == wanted[i]
         times = ("seconds", "tokens_per_second", "peak_memory_bytes")

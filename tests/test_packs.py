@@ -23,9 +23,9 @@ from runs import PATIENCE, Lab, alive, aside, until
 
 from engine import checkpoint
 from lab import __main__ as lab_main
-from lab.executors import LocalExecutor
+from lab.executors.local import LocalExecutor, LocalTrial
 from lab.listing import open_listing
-from lab.plan import Slot
+from lab.plan import Slot, Wish
 from lab.store import holder
 from variations import CATALOGUE
 
@@ -111,7 +111,7 @@ def lab(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     made.close()
 
 
-TIMES = {*runs.CLOCKS, "attempt", "pack", "peak_memory_bytes", "provenance"}
+TIMES = {*runs.CLOCKS, "attempt", "token", "pack", "peak_memory_bytes", "provenance"}
 
 
 def same(lab: Packs, alone: Packs, labels: Sequence[str] = "abcd") -> None:
@@ -221,17 +221,18 @@ def test_a_run_is_told_of_when_it_ends_and_free(lab: Packs, alone: Packs, capsys
     same(lab, alone)
 
 
-def test_a_process_that_dies_fails_all_that_it_had(lab: Packs, alone: Packs) -> None:
+def test_a_pack_that_dies_goes_on_and_then_each_alone(lab: Packs, alone: Packs) -> None:
+    """One of its runs ends every process that it is in: the others are in the second one too, and then without it."""
     lab.axes = {**NUMBERS, "schedule.label": ["a", "dying", "c", "d"]}
     assert lab.here() == 1
-    assert lab.result("a")["status"] == "done", "it had ended"
-    words = f"../{lab.run('a').name}/attempt-1.log"
-    assert "last words" in (lab.run("dying") / words).read_text()
-    for label in ("dying", "c", "d"):
-        result = lab.result(label)
-        assert (result["status"], result["pack"]) == ("failed", 4)
-        assert f"its exit code is 3. Its last words are in {words}." in result["error"]
-        assert set(result) == set(alone.result("a"))
+    assert lab.logs("a") == ["attempt-1.log"], "it had ended"
+    assert "last words" in (lab.run("a") / "attempt-1.log").read_text(), "where the pack prints"
+    result = lab.result("dying")
+    assert (result["status"], result["cause"], result["pack"], result["attempt"]) == ("failed", "killed", 1, 4)
+    assert "its exit code is 3. Its last words are in attempt-4.log." in result["error"]
+    assert lab.told()["c"] == ("running", "lost", "running", "lost", "running", "done")
+    assert lab.result("c")["attempt"] == 3 and lab.result("c")["pack"] == 1
+    same(lab, alone, "acd")
 
 
 # Stopping and continuing ----------------------------------------------------------------------------------------------------
@@ -269,43 +270,44 @@ def test_it_stops_at_checkpoints_and_continues_in_any_pack(
     assert lab.logs("a") == ["attempt-1.log"] and lab.logs("b") == ["attempt-1.log", "attempt-2.log"]
 
 
-def test_a_pack_that_others_stop_is_unfinished_but_for_runs_that_ended(lab: Packs, alone: Packs) -> None:
+def test_a_pack_that_others_stop_goes_on(lab: Packs, alone: Packs) -> None:
     """One is in its last iteration, and one could not be made."""
     spoil(lab, "d")
     code, out = interrupt(lab, signal.SIGTERM, "a-2", of_the_pack=True)
-    assert code == 1 and "1 done, 1 failed, 2 unfinished" in out
+    assert code == 1 and "3 done, 1 failed" in out
     assert {label: events[1:] for label, events in lab.told().items()} == {
         "a": ("done",),
-        "b": ("stopped",),
-        "c": ("stopped",),
+        "b": ("lost", "running", "done"),
+        "c": ("lost", "running", "done"),
         "d": ("failed",),
     }
-    assert [saved(lab, label) for label in "bc"] == [[1], [1]]
-    assert lab.here() == 1
+    assert "iteration 0/6" not in (lab.run("c") / "attempt-2.log").read_text(), "it began where it was stopped"
+    assert lab.result("b")["pack"] == lab.result("c")["pack"] == 2
     same(lab, alone, "abc")
 
 
-def test_the_second_time_it_ends_at_once(lab: Packs) -> None:
+def test_the_second_time_it_ends_at_once(lab: Packs, alone: Packs) -> None:
     lab.hold("b-4")
     runner = lab.start()
     process = lab.reached("b-4")
     os.kill(process, signal.SIGTERM)
     lab.asked("b-4")
     os.kill(process, signal.SIGTERM)
-    runner.communicate(timeout=PATIENCE)
-    assert runner.returncode == 1 and "SIGTERM" in lab.result("c")["error"] and saved(lab, "b") == [3]
+    lab.release("b-4")
+    out, _ = runner.communicate(timeout=PATIENCE)
+    assert runner.returncode == 0 and "it was ended by SIGTERM" in out
+    same(lab, alone)
 
 
 def test_a_killed_pack_continues_at_its_checkpoints(lab: Packs, alone: Packs) -> None:
     lab.hold("b-4")
     runner = lab.start()
-    os.kill(lab.reached("b-4"), signal.SIGKILL)
-    out, _ = runner.communicate(timeout=PATIENCE)
-    assert runner.returncode == 1 and "1 done, 3 failed" in out
-    assert all("SIGKILL" in lab.result(label)["error"] for label in "bcd")
-    assert [lab.result(label)["iters"] for label in "bcd"] == [4, 3, 3], "what its metrics tell"
+    process = lab.reached("b-4")
     lab.release("b-4")
-    assert lab.here() == 0
+    os.kill(process, signal.SIGKILL)
+    out, _ = runner.communicate(timeout=PATIENCE)
+    assert runner.returncode == 0 and out.count("SIGKILL") == 3 and "4 done" in out
+    assert lab.told() == {"a": ("running", "done")} | dict.fromkeys("bcd", ("running", "lost", "running", "done"))
     assert "iteration 0/6" not in (lab.run("c") / "attempt-2.log").read_text(), "it began at its checkpoint"
     same(lab, alone)
 
@@ -356,9 +358,8 @@ def test_a_run_keeps_the_threads_that_it_began_with(lab: Packs) -> None:
 class Sleepers(LocalExecutor):
     """Starts processes that hold their locks and do nothing."""
 
-    def _spawn(self, locks: Any, slot: Slot) -> subprocess.Popen[bytes]:
-        numbers = [lock.fileno() for lock in locks.values()]
-        return subprocess.Popen(["sleep", "60"], pass_fds=numbers)
+    def _spawn(self, folders: Any, slot: Slot, device: str, more: Any, locks: Any, log: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"], pass_fds=locks)
 
 
 def test_what_others_train_is_left_to_them(tmp_path: Path) -> None:
@@ -366,28 +367,35 @@ def test_what_others_train_is_left_to_them(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
     executor = Sleepers([Slot("cpu", 1)] * 3)
+
+    def start(some: LocalExecutor, names: str) -> list[LocalTrial]:
+        trials = some.start([Wish(tuple(names))], lambda run: tmp_path / run)
+        assert all(isinstance(trial, LocalTrial) for trial in trials)
+        return [trial for trial in trials if isinstance(trial, LocalTrial)]
+
     try:
-        one = executor.start(folders[1:3])
-        two = executor.start(folders)
+        (one,) = start(executor, "bc")
+        (two,) = start(executor, "abcd")
         assert (one.folders, two.folders) == (folders[1:3], [folders[0], folders[3]])
         assert all(holder(folder) is not None for folder in folders)
         other = LocalExecutor([Slot("cpu", 1)])
         for folder, number in zip(folders, "1221", strict=True):
             (folder / ".lock").write_text(number)
-        adopted = other.start(folders)
+        adopted, second = start(other, "abcd")
         assert adopted.process is None and adopted.folders == [folders[0], folders[3]]
+        assert second.folders == folders[1:3] and second.slot is None, "there was one slot"
         assert adopted.processes() == {1} and two.process is not None and two.processes() == {two.process.pid}
         (folders[0] / "result.json").write_text("{}")
-        assert list(executor.finished()) == [] and list(other.finished()) == [], "its process holds it still"
+        assert list(executor.ended()) == [] and list(other.ended()) == [], "its process holds it still"
     finally:
         for trial in executor.live:
-            assert trial.process is not None
+            assert isinstance(trial, LocalTrial) and isinstance(trial.process, subprocess.Popen)
             trial.process.kill()
             trial.process.wait()
-    assert [folder for _, folder, code in executor.finished() if code == -signal.SIGKILL] == [
+    assert [folder for end in executor.ended() if end.code == -signal.SIGKILL for folder in end.folders] == [
         *(folders[1], folders[2], folders[0], folders[3])
     ]
-    assert len(executor.free) == 3 and len(list(other.finished())) == 2
+    assert len(executor.places.free) == 3 and sum(len(end.folders) for end in other.ended()) == 4
 
 
 @pytest.mark.parametrize("words", [["--lock", "7"], ["--lock", "7", "--lock", "8", "--lock", "9"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,11 @@ def test_a_pack_ends_where_its_runs_end_alone(
     every[4]["train__max_iters"] = 16
     some, alone = members(root, tmp_path / "pack", every), members(root, tmp_path / "alone", every)
     told: dict[int, Any] = {}
-    pack.train(some, lambda member, how: told.update({some.index(member): how}), most)
+    pack.train(
+        [partial(lambda one: one, one) for one in some],
+        lambda member, how: told.update({some.index(member): how}),
+        most,
+    )
     assert told == dict.fromkeys(range(7), "done")
     for ours, theirs in zip(some, alone, strict=True):
         theirs.run.run(theirs.tracker, theirs.say, theirs.stop)

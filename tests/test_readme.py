@@ -13,11 +13,14 @@ import pytest
 from shipped import small_corpora
 
 import train
+from lab.__main__ import COMMANDS
 from variations.norm import NORMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SWEEPS = (REPOSITORY / "docs/sweeps.md").read_text()
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall(README)
 
 
 def block(start: str) -> str:
@@ -70,6 +73,19 @@ def test_its_commands_are_understood(words: list[str], folder: Path, monkeypatch
             *([] if "--slices" in words or "--dry-run" in words else ["--dry-run"]),
         ]
     assert train.main(words) == 0
+
+
+@pytest.mark.parametrize("text", [t for kind, t in FENCED.findall(SWEEPS) if kind == "yaml"], ids=lambda t: t[:20])
+def test_the_files_about_sweeps_compose(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("more.yaml").write_text(text)
+    assert train.main(["--config", "more.yaml", "--dry-run", f"data.root={folder}/data"]) == 0
+
+
+def test_the_commands_about_sweeps_are_there() -> None:
+    assert set(re.findall(r"^python -m lab (\w+)", SWEEPS, re.MULTILINE)) == set(COMMANDS)
+    for target in re.findall(r"\]\(([^)]+)\)", SWEEPS):
+        assert (REPOSITORY / "docs" / target).exists(), target
 
 
 def test_its_example_of_a_mistake_is_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,23 +9,24 @@ from pathlib import Path
 import pytest
 from report_runs import PNG, Page, Sweep, evals, known_sweep
 
-from lab import plots, stats
+from lab import stats
 from lab.report import Listed
+from lab.reporting import cells, drawing, numbers, plots, reading
 
 T2, T1 = 4.302652729749464, 12.706204736174694  # Student's t, 97.5%, for 2 and 1 degrees of freedom (tables)
 
 
 @pytest.fixture
-def drawn(tmp_path: Path) -> Sweep:
-    """A sweep whose pictures are drawn."""
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """A sweep whose pictures are drawn, small."""
+    monkeypatch.setattr(plots, "DPI", 40)
     return Sweep(tmp_path / "sweep")
 
 
 @pytest.fixture
 def sweep(drawn: Sweep, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """A sweep without pictures, which keeps the boards that would have been drawn."""
-    monkeypatch.setattr(plots, "loss_curves", drawn.keep)
-    monkeypatch.setattr(plots, "comparison", lambda board: PNG)
+    monkeypatch.setattr(plots, "pictures", drawn.keep)
     return drawn
 
 
@@ -206,21 +207,26 @@ def test_torn_lines_nulls_and_repeated_iterations(sweep: Sweep) -> None:
     torn = b'{"kind":"eval","iter":500,"val_lo\xc3'
     sweep.add("a", 1, None, None, metrics=evals(3.0, 2.6, None) + again + b'[1, "eval"]\n\n' + torn)
     sweep.write()
-    assert sweep.board.runs[0].curve == (stats.Point(100, 3200, 3.0), stats.Point(200, 6400, 2.5))
+    (curve,) = reading.curves(sweep.board.cells).values()
+    assert curve == (reading.Point(100, 3200, 3.0, 1.0), reading.Point(200, 6400, 2.5))
 
 
 def test_curves_are_means_over_finished_seeds() -> None:
-    def run(seed: int, value: float | None, *losses: float) -> stats.Run:
-        points = tuple(stats.Point(i, i * 10, loss) for i, loss in enumerate(losses, 1))
-        status = "done" if value else "diverged"
-        return stats.Run(Listed(str(seed), "a", seed, {}, Path(), False), status, value, {}, points)
+    read: dict[str, tuple[reading.Point, ...]] = {}
 
-    board = stats.board("s", [run(1, 2.0, 3.0, 2.0), run(2, 1.0, 4.0, 1.0), run(3, None, 99.0)], "val_loss", "min")
-    line = plots._line(board.cells[0], by_tokens=True)
-    assert line and (line.x, line.mean, line.low, line.high) == ((10, 20), (3.5, 1.5), (3.0, 1.0), (4.0, 2.0))
-    lost = stats.board("s", [run(1, None, 3.0, 9.0), run(2, None, 5.0)], "val_loss", "min")
-    line = plots._line(lost.cells[0], by_tokens=False)
-    assert line and (line.x, line.mean, line.ended) == ((1,), (4.0,), "diverged")
+    def run(seed: int, value: float | None, *losses: float) -> cells.Run:
+        read[str(seed)] = tuple(reading.Point(i, i * 10, loss, i * seed) for i, loss in enumerate(losses, 1))
+        status = "done" if value else "diverged"
+        listed = Listed(str(seed), "a", seed, {}, Path(), False)
+        return cells.Run(listed, status, value, {"flops_per_token": 6})
+
+    board = cells.board("s", [run(1, 2.0, 3.0, 2.0), run(2, 1.0, 4.0, 1.0), run(3, None, 99.0)], "val_loss", "min")
+    line = drawing.line(board.cells[0], read)
+    assert line and (line.mean, line.low, line.high) == ((3.5, 1.5), (3.0, 1.0), (4.0, 2.0))
+    assert line.x == {"iters": (1, 2), "tokens": (10, 20), "flops": (60, 120), "seconds": (1.5, 3.0)}
+    lost = cells.board("s", [run(1, None, 3.0, 9.0), run(2, None, 5.0)], "val_loss", "min")
+    line = drawing.line(lost.cells[0], read)
+    assert line and (line.x["iters"], line.mean, line.ended) == ((1,), (4.0,), "diverged")
 
 
 # Words
@@ -312,13 +318,13 @@ def test_different_training_lengths_are_told(sweep: Sweep) -> None:
     ],
 )
 def test_decimal(number: float, shown: str) -> None:
-    assert stats.decimal(number) == shown
+    assert numbers.decimal(number) == shown
 
 
 def test_magnitude_and_duration() -> None:
-    numbers = (123_587_000, 999_960, 11_000_000, 28_000, 12, 1.5e12)
-    assert [stats.magnitude(n) for n in numbers] == ["124M", "1.00M", "11.0M", "28.0k", "12", "1.50T"]
-    assert [stats.duration(s) for s in (8.25, 99.96, 845, 12_000)] == [
+    counts = (123_587_000, 999_960, 11_000_000, 28_000, 12, 1.5e12)
+    assert [numbers.magnitude(n) for n in counts] == ["124M", "1.00M", "11.0M", "28.0k", "12", "1.50T"]
+    assert [numbers.duration(s) for s in (8.25, 99.96, 845, 12_000)] == [
         "8.2 s",
         "1 min 40 s",
         "14 min 05 s",

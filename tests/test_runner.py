@@ -21,12 +21,30 @@ import train
 from lab import __main__ as lab_main
 from variations import CATALOGUE
 
-RUN_FILES = {".lock", "attempt-1.log", "checkpoint", "config.yaml", "metrics.jsonl", "result.json"}
-SWEEP_FILES = {".runner", "leaderboard.csv", "plots", "report.html", "sweep.db", "sweep.yaml"}
+RUN_FILES = {
+    ".attempt",
+    ".heartbeat",
+    ".lock",
+    "attempt-1.log",
+    "checkpoint",
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+}
+SWEEP_FILES = {
+    ".runner",
+    "leaderboard.csv",
+    "leaderboard.md",
+    "plots",
+    "report.html",
+    "runs.csv",
+    "sweep.db",
+    "sweep.yaml",
+}
 RESULT = {
     *("status", "val_loss", "best_val_loss", "train_loss", "iters", "tokens", "seconds", "tokens_per_second"),
     *("parameters", "trainable_parameters", "flops_per_token", "peak_memory_bytes", "run_id", "cell", "seed"),
-    *("attempt", "pack", "error", "provenance"),
+    *("attempt", "pack", "error", "cause", "token", "provenance"),
 }
 
 
@@ -71,13 +89,14 @@ def same(lab: Lab, whole: Lab, *labels: str) -> None:
         assert runs.saved_bytes(lab.run(label)) == runs.saved_bytes(whole.run(label))
         assert runs.records(lab.run(label)) == runs.records(whole.run(label))
         ours, theirs = (runs.clockless(x.result(label)) for x in (lab, whole))
-        for key in RESULT - {*runs.CLOCKS, "attempt", "peak_memory_bytes", "provenance"}:
+        for key in RESULT - {*runs.CLOCKS, "attempt", "token", "peak_memory_bytes", "provenance"}:
             assert ours[key] == theirs[key], key
 
 
 def test_what_a_sweep_leaves(whole: Lab) -> None:
     assert {path.name for path in whole.folder.iterdir() if path.name[:6] != "label="} == SWEEP_FILES
-    assert {path.name for path in (whole.folder / "plots").iterdir()} == {"loss_curves.png", "comparison.png"}
+    plots = {path.name for path in (whole.folder / "plots").iterdir()}
+    assert plots >= {f"{name}.{kind}" for name in ("loss_curves", "comparison") for kind in ("png", "svg")}
     assert len(list(whole.folder.glob("label=*"))) == 2
     for label in whole.labels:
         folder = whole.run(label)
@@ -120,30 +139,50 @@ def test_the_report_and_the_status_come_from_files(whole: Lab, capsys: pytest.Ca
     assert (whole.folder / "report.html").is_file() and (whole.folder / "plots/comparison.png").is_file()
     assert lab_main.main(["status", str(whole.folder)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = lines[lines.index([]) + 2 :]
     loss = f"{whole.result('a')['val_loss']:.4f}"
-    assert lines[1][:3] == [whole.run("a").name, "done", "6/6"] and lines[1][-1] == loss
-    assert lines[-1] == ["2", "done"]
+    assert rows[0][:3] == [whole.run("a").name, "done", "6/6"] and loss in rows[0]
+    assert "2 done" in " ".join(lines[0])
 
 
-def test_a_killed_trial_is_a_failed_run_until_it_is_run_again(
-    lab: Lab, whole: Lab, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_trial_goes_on_from_its_checkpoint(lab: Lab, whole: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.hold("a-4")
-    killer = aside(lambda: os.kill(lab.reached("a-4"), signal.SIGKILL))
-    assert lab.here() == 1
+
+    def kill() -> None:
+        process = lab.reached("a-4")
+        lab.release("a-4")
+        os.kill(process, signal.SIGKILL)
+
+    killer = aside(kill)
+    assert lab.here() == 0
     killer.join()
     out = capsys.readouterr().out
-    assert "1 done, 1 failed" in out and "SIGKILL" in out
-    result = lab.result("a")
-    assert set(result) == RESULT and result["status"] == "failed" and "SIGKILL" in result["error"]
-    assert (result["val_loss"], result["iters"], result["seed"]) == (None, 4, 1337)
-    assert sorted(lab.statuses()) == ["done", "failed"]
-    lab.release("a-4")
-    assert lab.here() == 0
+    assert "lost: label=a" in out and "it was ended by SIGKILL; it goes on" in out and "2 done" in out
     assert lab.logs("a") == ["attempt-1.log", "attempt-2.log"] and lab.logs("b") == ["attempt-1.log"]
     assert "iteration 0/6" not in (lab.run("a") / "attempt-2.log").read_text(), "it began at its checkpoint"
     assert lab.result("a")["attempt"] == 2
+    assert [event for run, event, _ in lab.events() if run.startswith("label=a")] == [
+        "running",
+        "lost",
+        "running",
+        "done",
+    ]
     same(lab, whole, "a", "b")
+
+
+def test_a_run_whose_process_always_dies_is_given_up(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.labels = ("dying", "b")
+    assert lab.here() == 1
+    out = capsys.readouterr().out
+    assert out.count("lost: label=dying") == 3 and "1 done, 1 failed" in out
+    result = lab.result("dying")
+    assert set(result) == RESULT and (result["status"], result["cause"], result["attempt"]) == ("failed", "killed", 4)
+    assert (
+        "4 times" in result["error"] and "its exit code is 3" in result["error"] and "attempt-4.log" in result["error"]
+    )
+    assert "last words" in (lab.run("dying") / "attempt-4.log").read_text()
+    assert (result["val_loss"], result["iters"], result["seed"]) == (None, 4, 1337)
+    assert sorted(lab.statuses()) == ["done", "failed"]
 
 
 def test_ctrl_c_stops_at_a_checkpoint_and_the_same_command_continues(
@@ -215,29 +254,27 @@ def test_runs_that_fail_do_not_stop_the_others(lab: Lab, capsys: pytest.CaptureF
     content["sweep"] = {
         "cases": {
             "angry": {"set": {"model.activation": "angry"}},
-            "dying": {"set": {"schedule.label": "dying"}},
             "fine": {},
         }
     }
     file = runs.write(lab.home / "t.yaml", {**content, "name": "t"})
     assert train.main(["--config", str(file)]) == 1
     out = capsys.readouterr().out
-    assert "1 done, 2 failed" in out and "no activation today" in out
+    assert "1 done, 1 failed" in out and "no activation today" in out
     results = {
         path.parent.name.partition("-")[0]: json.loads(path.read_text())
         for path in lab.home.glob("runs/t/*/result.json")
     }
     assert {name: result["status"] for name, result in results.items()} == {
         "angry": "failed",
-        "dying": "failed",
         "fine": "done",
     }
     assert all(set(result) == RESULT for result in results.values())
     assert "in forward" in results["angry"]["error"]
     assert results["angry"]["error"].splitlines()[-1] == "RuntimeError: no activation today"
-    angry, dying = (next(lab.home.glob(f"runs/t/{name}-*/attempt-1.log")).read_text() for name in ("angry", "dying"))
+    angry = next(lab.home.glob("runs/t/angry-*/attempt-1.log")).read_text()
     assert "Traceback (most recent call last)" in angry and results["angry"]["error"] in angry
-    assert "its exit code is 3" in results["dying"]["error"] and "last words" in dying
+    assert results["angry"]["cause"] == "exception" and results["fine"]["cause"] is None
 
 
 def test_a_metric_that_no_run_has_is_a_sentence(whole: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ import pytest
 from runs import PATIENCE, until
 
 from lab import store
-from lab.executors import LocalExecutor
-from lab.plan import Slot, slots
+from lab.executors.local import LocalExecutor
+from lab.plan import Slot, Wish, slots
 from lab.process import SPIN, begin
 from lab.worker import Console, StopFlag
 
@@ -40,14 +40,15 @@ def test_an_adopted_trial_is_asked_and_then_ended(tmp_path: Path) -> None:
     try:
         until((tmp_path / "ready").exists)
         executor = LocalExecutor([Slot("cpu", 1)])
-        assert executor.start([tmp_path]).process is None and executor.free == []
-        assert store.holder(tmp_path) == trial.pid and list(executor.finished()) == []
+        (adopted,) = executor.start([Wish((tmp_path.name,))], lambda run: tmp_path)
+        assert adopted.adopted and executor.places.free == []
+        assert store.holder(tmp_path) == trial.pid and list(executor.ended()) == []
         looks = iter([False] * 4 + [True] * 999)
         executor.stop(lambda: (tmp_path / "asked").exists() and next(looks))
         assert trial.wait(PATIENCE) == -signal.SIGKILL
         assert (tmp_path / "asked").read_text() == "x", "asked a second time, a trial ends at once"
-        assert [code for *_, code in executor.finished()] == [0]
-        assert len(executor.free) == 1 and store.holder(tmp_path) is None
+        assert [end.code for end in executor.ended()] == [0]
+        assert len(executor.places.free) == 1 and store.holder(tmp_path) is None
     finally:
         trial.kill()
         trial.wait()

@@ -169,14 +169,7 @@ def test_the_order_of_words_does_not_decide_what_a_node_keeps(desk: Desk) -> Non
     assert desk.values(grid("[rmsnorm, layernorm]", "model.norm"), "model.norm.eps", "model.norm.eps=0.4") == [0.4, 0.4]
 
 
-# Later words ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("word", ["search: {method: tpe}", "stop: {method: halving}", "tune: [train.seed]"])
-def test_later_words_are_refused(desk: Desk, word: str) -> None:
-    assert desk.wrong(f"sweep: {{{word}}}") == [
-        f"sweep.{word.partition(':')[0]}: not available yet (x.yaml:1). Leave it out."
-    ]
+# The rest ------------------------------------------------------------------------------------------------------------------
 
 
 def test_objective_and_max_runs(desk: Desk) -> None:

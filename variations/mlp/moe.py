@@ -21,7 +21,7 @@ from variations.site import Site
 class MoEOptions:
     """Options of the mixture of experts."""
 
-    experts: int = opt(8, "Number of experts.", ge=1)
+    experts: int = opt(8, "Number of experts.", ge=1, le=10_000)
     top_k: int = opt(2, "Experts that each token is sent to.", ge=1)
     gated: bool = opt(True, "Whether an expert is a gated MLP.")
     expansion: float = opt(8 / 3, "Width of one expert as a multiple of n_embd.", gt=0.0)
@@ -74,6 +74,7 @@ class MoE(nn.Module):
     down: Any
     balance: Tensor
     auxiliary_loss: Tensor | None  # of the last training pass, coefficients included
+    ranks: Any = None  # where processes share the rows of a batch: `gather(x)` is what each of them has
 
     def __init__(self, options: MoEOptions, site: Site) -> None:
         super().__init__()
@@ -100,6 +101,7 @@ class MoE(nn.Module):
             self.readers += (f"shared.{self.first}",)
         if o.bias_rate is not None:
             self.register_buffer("balance", torch.zeros(o.experts))  # in checkpoints: the choice depends on it
+        self.moving = "" if o.bias_rate is None else f"the bias of {site.path} moves in every forward pass"
         self.drop = Dropout(c.dropout, site.path)
         self.auxiliary_loss = None
         self.statistics: dict[str, Tensor] = {}
@@ -116,15 +118,20 @@ class MoE(nn.Module):
         inverse = torch.empty_like(order).scatter_(0, order, place)
         starts = torch.searchsorted(expert, torch.arange(o.experts + 1, device=x.device))
         counts, kept = starts.diff(), None
+        load, size = counts, len(order)  # of the whole batch
+        if self.training and self.ranks is not None:
+            every = self.ranks.gather(counts)
+            load, size = every.sum(0), len(order) * len(every)
+            starts = starts[:-1] - every[: self.ranks.rank].sum(0)  # its rows stand after those of processes before
         if self.training and o.capacity_factor is not None:
-            most = math.ceil(o.capacity_factor * len(order) / o.experts)
+            most = math.ceil(o.capacity_factor * size / o.experts)
             kept = (place - starts[expert] < most)[inverse].view_as(chosen)
             gains = gains * kept
         shared = self.shared(x) if self.shared is not None else None
         y = self.experts(Rows.apply(tokens, order, inverse, o.top_k), counts)
         y = Rows.apply(y, inverse, order, 1).unflatten(0, chosen.shape)
         y = self.drop((y * gains.to(y.dtype)[..., None]).sum(1).view_as(x))
-        self.auxiliary_loss = self.observe(logits, scores, counts, kept) if self.training else None
+        self.auxiliary_loss = self.observe(logits, scores, load, kept) if self.training else None
         return y if shared is None else y + shared
 
     def logits(self, tokens: Tensor) -> Tensor:

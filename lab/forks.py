@@ -1,0 +1,276 @@
+"""Warm workers: processes that train one trial after another, forked from one that has imported everything.
+
+`python -m lab.forks FD` is that process. It has one thread, so it can fork; what is imported is paid once a sweep, a CUDA context
+and compiled graphs once a worker. A worker has a socket to the runner, over which come jobs with the open locks of their runs, and
+go exit codes. When the runner is gone, however that happened, a worker ends the trial it has and then itself. After an error a
+worker is not used again: the next trial shares nothing with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lab.process import REPOSITORY, begin, leave
+
+HEADER = struct.Struct("!II")  # bytes of the message, and how many open files come with it
+PATIENCE = 5.0  # seconds for workers that have nothing to do to end
+FILES = 200  # that one call passes; the system allows 253
+Message = tuple[dict[str, Any], list[int]]
+
+
+# Messages -------------------------------------------------------------------------------------------------------------------
+
+
+def send(channel: socket.socket, content: dict[str, Any], files: Sequence[int] = ()) -> None:
+    """Sends plain data and open files. Raises OSError where nobody is there any more."""
+    told = json.dumps(content).encode()
+    channel.sendall(HEADER.pack(len(told), len(files)) + told)
+    for i in range(0, len(files), FILES):
+        socket.send_fds(channel, [b"f"], files[i : i + FILES])
+
+
+def receive(channel: socket.socket) -> Message | None:
+    """The next message, or None where the other end is closed."""
+    try:
+        length, count = HEADER.unpack(_exactly(channel, HEADER.size))
+        content = json.loads(_exactly(channel, length))
+        files: list[int] = []
+        while len(files) < count:
+            got, some, _, _ = socket.recv_fds(channel, 1, min(FILES, count - len(files)))
+            if not got:
+                raise EOFError
+            files += some
+    except (EOFError, OSError):
+        return None
+    return content, files
+
+
+def _exactly(channel: socket.socket, length: int) -> bytes:
+    made = b""
+    while len(made) < length:
+        some = channel.recv(length - len(made))
+        if not some:
+            raise EOFError
+        made += some
+    return made
+
+
+# The process that forks -----------------------------------------------------------------------------------------------------
+
+
+def serve(control: socket.socket) -> None:
+    """Forks a worker for every message, told its number; tells how each one ended. Returns when the runner is gone."""
+    import lab.worker  # what it imports is there in every worker
+
+    assert lab.worker
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+    while True:
+        ready = select.select([control.fileno(), reader], [], [])[0]
+        if reader in ready:
+            os.read(reader, 4096)
+            with contextlib.suppress(ChildProcessError, OSError):
+                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    send(control, {"ended": ended[0], "code": os.waitstatus_to_exitcode(ended[1])})
+        if control.fileno() in ready:
+            message = receive(control)
+            if message is None:
+                return
+            content, (jobs,) = message
+            number = os.fork()
+            if number == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for file in (reader, writer):
+                    os.close(file)
+                control.close()
+                os.environ.update(content["environment"])
+                _become_worker(socket.socket(fileno=jobs))
+            os.close(jobs)
+            try:
+                send(control, {"began": number, "name": content["name"]})
+            except OSError:  # the runner is gone
+                return
+
+
+def _become_worker(jobs: socket.socket) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()  # Ctrl-C reaches the runner alone, which then asks its trials to stop
+        work(jobs)
+        code = 0
+    except BaseException:  # a fork must not go on as the process that it was forked from
+        traceback.print_exc()
+    leave(code)
+
+
+def work(jobs: socket.socket) -> None:
+    """Carries out jobs until the runner is gone, or one of them has failed."""
+    from lab.worker import FAILED, trial
+
+    while (message := receive(jobs)) is not None:
+        job, (log, *locks) = message
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        _forget()
+        code = trial([Path(folder) for folder in job["folders"]], job["device"], job["threads"], locks)
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            send(jobs, {"code": code})
+        if code == FAILED:
+            return
+
+
+def _forget() -> None:
+    """Frees what the trial before has left, so that the peak of memory is that of the next one."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel counts VmHWM anew
+
+
+# The runner's side ----------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A warm worker as the runner sees it. `pid` is 0 until it has begun; `code` is how its last job, or it itself, ended."""
+
+    def __init__(self, forks: Forks, name: int, channel: socket.socket) -> None:
+        self.forks, self.name, self.channel = forks, name, channel
+        self.pid, self.closed = 0, False
+        self.code: int | None = None
+
+    def give(self, job: dict[str, Any], files: Sequence[int]) -> None:
+        """Gives it a job. Where it has died meanwhile, `poll` tells."""
+        self.code = None
+        try:
+            send(self.channel, job, files)
+        except OSError:
+            self.closed = True
+
+    def poll(self) -> int | None:
+        """The exit code of its job, or, where it died, its own; None while it works."""
+        if self.code is None and not self.closed and select.select([self.channel], [], [], 0)[0]:
+            message = receive(self.channel)
+            if message is None:
+                self.closed = True
+            else:
+                self.code = int(message[0]["code"])
+        if self.code is None and self.closed:
+            self.code = self.forks.ended(self)
+        return self.code
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can have another job."""
+        if not self.closed and self.code is not None and select.select([self.channel], [], [], 0)[0]:
+            self.closed = True  # it has nothing to say but that it is gone
+        return not self.closed and self.code in (0, 75)  # after an error it ends itself
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class Forks:
+    """The process that forks workers, started when it is made; nothing waits until its imports are done."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.process = self._launch(theirs)
+        theirs.close()
+        self.workers: dict[int, Worker] = {}
+        self.codes: dict[int, int] = {}
+        self.gone = False
+
+    def _launch(self, theirs: socket.socket) -> Any:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        begin(environment)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "lab.forks", str(theirs.fileno())],
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def worker(self, environment: dict[str, str]) -> Worker:
+        """A new worker with these variables of its environment set. Jobs can be given at once."""
+        ours, theirs = socket.socketpair()
+        made = Worker(self, len(self.workers), ours)
+        self.workers[made.name] = made
+        try:
+            send(self.control, {"environment": environment, "name": made.name}, [theirs.fileno()])
+        except OSError:
+            self.gone = made.closed = True
+        theirs.close()
+        return made
+
+    def listen(self) -> None:
+        """Takes what the process has told meanwhile."""
+        while not self.gone and select.select([self.control], [], [], 0)[0]:
+            message = receive(self.control)
+            if message is None:
+                self.gone = True
+                return
+            told = message[0]
+            if "began" in told:
+                self.workers[told["name"]].pid = told["began"]
+            else:
+                self.codes[told["ended"]] = told["code"]
+
+    def ended(self, worker: Worker) -> int | None:
+        """How a worker that closed its socket ended; None where that is not known yet."""
+        self.listen()
+        if worker.pid in self.codes:
+            return self.codes[worker.pid]
+        return -signal.SIGKILL if self.gone else None
+
+    def close(self) -> None:
+        """Ends the workers that have nothing to do, and the process; a worker that is at work ends after its trial."""
+        idle = [worker for worker in self.workers.values() if worker.closed or worker.code is not None]
+        for worker in self.workers.values():
+            worker.close()
+        deadline = time.monotonic() + PATIENCE
+        while not self.gone and time.monotonic() < deadline and any(w.pid not in self.codes for w in idle):
+            select.select([self.control], [], [], PATIENCE / 10)
+            self.listen()
+        self.control.close()
+        self.process.wait()
+
+
+def main() -> None:
+    begin()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
