@@ -55,7 +55,7 @@ def train(
             short = out_of_memory(error) and queue.count() > 0
             if not (short or folding):
                 raise
-            failed, live = failed or not short, len(queue.live())
+            failed, live = failed or not short, max(1, len(queue.live()))
             if short:
                 most = max(1, live // 2)
                 print(

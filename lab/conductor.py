@@ -14,7 +14,7 @@ from lab.executors import End, Executor, Trial
 from lab.expand import Run
 from lab.listing import ENDED, Listing
 from lab.plan import Streak, Verdict, Wish, verdict, wishes
-from lab.store import Store, attempts, current_attempt, is_paused, read_result
+from lab.store import Store, asked_again, attempts, current_attempt, is_paused, read_result
 from lab.worker import StopFlag, no_result, write_result
 
 LOOK = 1.0  # seconds between looks at what nobody tells of
@@ -158,13 +158,17 @@ class Conductor:
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
-        for run in [
-            run for run in self.failed if read_result(self.folder(run)) is None
-        ]:  # somebody asked for another try
-            self.failed.discard(run)
-            self.done -= 1
-            self.database.event("retried", run)
-            self.queue.append(Wish((run,)))
+        for run in asked_again(self.listing.folder):
+            if run in self.runs and self.status(run) is None and not self.is_open(run):
+                self.failed.discard(run)
+                self.done -= 1
+                self.database.event("retried", run)
+                self.queue.append(Wish((run,)))
+
+    def is_open(self, run: str) -> bool:
+        """Whether a run is at work, waits or rests."""
+        at_work = any(folder.name == run for trial in self.executor.live for folder in trial.open)
+        return at_work or run in self.resting or any(run in wish.runs for wish in self.queue)
 
     # How runs end -----------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import platform
@@ -105,10 +106,8 @@ def serve(control: socket.socket) -> None:
                 os.environ.update(content["environment"])
                 _become_worker(socket.socket(fileno=jobs))
             os.close(jobs)
-            try:
+            with contextlib.suppress(OSError):  # a runner that is gone may have left other jobs
                 send(control, {"began": number, "name": content["name"]})
-            except OSError:  # the runner is gone
-                return
 
 
 def _become_worker(jobs: socket.socket) -> NoReturn:
@@ -193,11 +192,16 @@ class Worker:
         return not self.closed and self.code in (0, 75)  # after an error it ends itself
 
     def close(self) -> None:
+        """Lets go of it for good."""
         self.channel.close()
+        self.forks.workers.pop(self.name, None)
 
 
 class Forks:
-    """The process that forks workers, started when it is made; nothing waits until its imports are done."""
+    """The process that forks workers, started when it is made; nothing waits until its imports are done.
+
+    `workers` are those that the runner has not let go of; `codes` tell by number how processes ended.
+    """
 
     def __init__(self) -> None:
         self.control, theirs = socket.socketpair()
@@ -205,6 +209,7 @@ class Forks:
         theirs.close()
         self.workers: dict[int, Worker] = {}
         self.codes: dict[int, int] = {}
+        self.names = itertools.count()
         self.gone = False
 
     def _launch(self, theirs: socket.socket) -> Any:
@@ -224,7 +229,7 @@ class Forks:
     def worker(self, environment: dict[str, str]) -> Worker:
         """A new worker with these variables of its environment set. Jobs can be given at once."""
         ours, theirs = socket.socketpair()
-        made = Worker(self, len(self.workers), ours)
+        made = Worker(self, next(self.names), ours)
         self.workers[made.name] = made
         try:
             send(self.control, {"environment": environment, "name": made.name}, [theirs.fileno()])
@@ -242,7 +247,9 @@ class Forks:
                 return
             told = message[0]
             if "began" in told:
-                self.workers[told["name"]].pid = told["began"]
+                self.codes.pop(told["began"], None)  # of an earlier process with that number
+                if (worker := self.workers.get(told["name"])) is not None:
+                    worker.pid = told["began"]
             else:
                 self.codes[told["ended"]] = told["code"]
 
@@ -255,13 +262,18 @@ class Forks:
 
     def close(self) -> None:
         """Ends the workers that have nothing to do, and the process; a worker that is at work ends after its trial."""
-        idle = [worker for worker in self.workers.values() if worker.closed or worker.code is not None]
-        for worker in self.workers.values():
+        every = list(self.workers.values())
+        idle = [worker for worker in every if worker.closed or worker.code is not None]
+        for worker in every:
             worker.close()
         deadline = time.monotonic() + PATIENCE
         while not self.gone and time.monotonic() < deadline and any(w.pid not in self.codes for w in idle):
             select.select([self.control], [], [], PATIENCE / 10)
             self.listen()
+        self.release()
+
+    def release(self) -> None:
+        """Waits for the process, which ends by itself; workers go on."""
         self.control.close()
         self.process.wait()
 

@@ -72,11 +72,14 @@ class Places:
         self.whole: dict[int, list[Slot]] = {}  # by the identity of the slot that stands for them
         self.reserved: str | None = None
 
-    def take(self, whole: bool = False) -> Slot | None:
-        """A free slot, or one that stands for all slots of a device; None where there is none now."""
+    def take(self, whole: bool = False, on: str = "") -> Slot | None:
+        """A free slot, or one that stands for all slots of a device; None where there is none now.
+
+        on: the device of a trial that is at work there already, whoever else the device is kept for.
+        """
         if whole:
             return self._whole()
-        slot = next((slot for slot in self.free if slot.device != self.reserved), None)
+        slot = next((slot for slot in self.free if (slot.device == on if on else slot.device != self.reserved)), None)
         if slot is not None:
             self._move(slot)
         return slot

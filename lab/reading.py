@@ -368,5 +368,6 @@ def default_value(catalogue: Catalogue, tree: Any, path: Path) -> Any:
 
 
 def sentences(mistakes: list[Mistake], place: Callable[[Path], str | None]) -> list[str]:
-    """Each mistake as a sentence with its place, once."""
-    return list(dict.fromkeys(m.sentence(place(m.at or m.path)) for m in mistakes))
+    """Each mistake as a sentence with its place, once. One without a path is of another file, and has its place."""
+    placed = ((m, m.at or m.path) for m in mistakes)
+    return list(dict.fromkeys(m.sentence(place(path) if path else None) for m, path in placed))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.options import nearest
 from core.yaml_files import ConfigError
-from lab.store import attempts, open_sweep, read_result
+from lab.store import ask_again, attempts, is_paused, open_sweep, read_result
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,15 @@ def act(given: argparse.Namespace) -> int:
     chosen = given.runs or [run for run, result in known.items() if result and result.get("status") == "failed"]
     for run in chosen:
         result = folder / run / "result.json"
-        result.rename(result.with_name(f"attempt-{attempts(folder / run)}.result.json"))
+        try:
+            result.rename(result.with_name(f"attempt-{attempts(folder / run)}.result.json"))
+        except FileNotFoundError:
+            continue  # its next attempt has just begun
+        if is_paused(folder / run):  # it was pruned
+            from lab.rungs import promote  # which needs torch
+
+            promote(folder, run)
+        ask_again(folder, run)
         print(f"{folder / run}: to be tried again", flush=True)
     told = (
         "A runner that is at work takes them up; otherwise give the sweep's command again."

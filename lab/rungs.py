@@ -154,15 +154,19 @@ class FileJudge:
         return self.folder / FOLDER / str(iteration) / self.run_id
 
 
-def promotions(folder: Path, paused: Iterable[str], stop: Stop, mode: str = "min", last: bool = False) -> list[str]:
+def promotions(
+    folder: Path, paused: Iterable[str], stop: Stop, mode: str = "min", last: bool = False, out: Collection[str] = ()
+) -> list[str]:
     """The paused runs that may go on now: those at the last rungs first, and of one rung the best first.
 
     last: nothing else is left to do in this sweep, so that the best of every rung passes, however few came to it. Where that
-    gives none, what is paused is to be pruned. Nothing is written: `promote` lets a run pass.
+    gives none, what is paused is to be pruned. out: runs that passed a rung and then came to nothing, in whose place others may
+    go on; otherwise one that diverges would take the whole sweep with it. Nothing is written: `promote` lets a run pass.
     """
     waiting, made = set(paused), []
     for iteration in told_at(folder) if stop.method == "halving" and waiting else ():
-        losses = _losses(recorded(folder, iteration))
+        known = _losses(recorded(folder, iteration))
+        losses = {run: math.nan if run in out else loss for run, loss in known.items()}
         here = waiting & set(losses)  # a run waits at the last rung that it came to
         waiting -= here
         allowed = promotable(losses, stop.eta, mode, last)

@@ -113,6 +113,9 @@ def run(listing: Listing, manner: Manner = Manner()) -> int:
             print(error, file=sys.stderr)
             return FAILED
         except (OSError, sqlite3.Error) as error:
+            if isinstance(error, sqlite3.Error) and store.is_damaged(error):
+                print(store.damage(folder / store.FILE, error), file=sys.stderr)
+                return FAILED
             what = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
             advice = "What runs have saved is kept; make room or mend the folder and give the same command again."
             print(f"{folder}: it could not be written, so the sweep stops here ({what}). {advice}", file=sys.stderr)
@@ -174,9 +177,11 @@ class _Sweep:
         local = self.runner.executor == "local" and self.runner.devices_per_trial == 1
         return not self.listing.has_sweep and len(self.pending) == 1 and local
 
-    def tabulate(self) -> None:
-        """Sets the runs in the database."""
-        self.database.list(_row(self.listing, one) for one in self.listing.runs)
+    def tabulate(self, made: Sequence[Run] | None = None) -> None:
+        """Sets the runs in the database; of all but `made`, where some are given, it knows better how they stand."""
+        new = {one.hash for one in (self.listing.runs if made is None else made)}
+        rows = (_row(self.listing, one, one.hash in new) for one in self.listing.runs)
+        self.database.list(rows)
 
     def prepare(self, one: Run) -> None:
         """The run's folder and configuration, unless a killed runner's trial is at work there."""
@@ -263,7 +268,7 @@ class _Sweep:
         for one in made:
             self.prepare(one)
         if made:
-            self.tabulate()
+            self.tabulate(made)
         return made
 
     def promoted(self, resting: Sequence[str], last: bool) -> list[str]:
@@ -271,7 +276,9 @@ class _Sweep:
         sweep = self.listing.expansion.sweep
         if sweep.stop is None:
             return []
-        chosen = rungs.promotions(self.listing.folder, resting, sweep.stop, sweep.objective["mode"], last)
+        ended = {self.listing.ids[one.hash]: self.listing.status(one) for one in self.listing.runs} if last else {}
+        out = {run for run, status in ended.items() if status in ("failed", "diverged")}
+        chosen = rungs.promotions(self.listing.folder, resting, sweep.stop, sweep.objective["mode"], last, out)
         for run in chosen:
             rungs.promote(self.listing.folder, run)
         return chosen
@@ -316,9 +323,9 @@ class _Sweep:
         return FAILED if counts["failed"] else STOPPED if counts["unfinished"] else OK
 
 
-def _row(listing: Listing, one: Run) -> store.Row:
+def _row(listing: Listing, one: Run, new: bool) -> store.Row:
     changed, length = dict(plain(one.changed)), one.config.iterations
-    status = listing.status(one)
+    status = listing.status(one) if new else ""
     return store.Row(
         one.hash,
         listing.ids[one.hash],
@@ -327,7 +334,7 @@ def _row(listing: Listing, one: Run) -> store.Row:
         changed,
         one.baseline,
         length,
-        status if status in ENDED else "waiting",
+        status if status in ("", *ENDED) else "waiting",
         one.phase,
     )
 

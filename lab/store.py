@@ -27,6 +27,7 @@ from engine.metrics import Metrics
 FILE = "sweep.db"
 LOCK = ".lock"
 ATTEMPT, HEARTBEAT, PAUSED = ".attempt", ".heartbeat", ".paused"
+WISHES = ".retry"  # a folder of the sweep, with an empty file for each run that somebody wants to be tried again
 PATIENCE = 0.2  # seconds; somebody who only looks whether a lock is held has it for microseconds
 VERSION = 2  # of the table `runs`, which every listing makes anew
 SCHEMA = """
@@ -159,11 +160,12 @@ class Store:
             self.db.execute("COMMIT")
 
     def list(self, rows: Iterable[Row]) -> None:
-        """Sets the runs of the sweep, in their order."""
+        """Sets the runs of the sweep, in their order. A run whose status is empty keeps the one that it has."""
         values = [(*astuple(row)[:4], json.dumps(row.changed), *astuple(row)[5:], i) for i, row in enumerate(rows)]
         with self._writing():
             self.db.execute("UPDATE runs SET place = NULL")
-            self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            status = "coalesce(nullif(?8, ''), (SELECT status FROM runs WHERE hash = ?1), 'waiting')"
+            self.db.executemany(f"INSERT OR REPLACE INTO runs VALUES (?1,?2,?3,?4,?5,?6,?7,{status},?9,?10)", values)
 
     def event(self, event: str, run_id: str | None = None, **detail: Any) -> None:
         """Notes a change; one that names a run sets its status to the event. Raises Superseded."""
@@ -206,6 +208,19 @@ class Store:
         self.db.close()
 
 
+def is_damaged(error: sqlite3.Error) -> bool:
+    """Whether an error says that the file is no database, or not a whole one; others are about disks and locks."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def damage(path: Path, error: sqlite3.Error) -> str:
+    """What there is to do about a damaged database, as a sentence."""
+    return (
+        f"{path} is damaged ({error}). Move it away, with {path.name}-wal and {path.name}-shm where there are such files, and "
+        "run the sweep's file again: what counts is in the folders of the runs, from which it is made anew."
+    )
+
+
 def _read_only(path: Path) -> str:
     return f"file:{quote(str(path.resolve()))}?mode=ro"
 
@@ -246,6 +261,8 @@ def open_sweep(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         return load_file(file).tree, listed(database)
     except sqlite3.Error as error:
+        if is_damaged(error):
+            raise ConfigError(damage(database, error)) from None
         raise ConfigError(f"{database} cannot be read: {error}. Run the sweep's file again to list its runs.") from None
 
 
@@ -317,6 +334,20 @@ def heartbeat(folder: Path) -> dict[str, Any]:
 def is_paused(folder: Path) -> bool:
     """Whether the run rests at a rung of early stopping, where it was saved."""
     return (folder / PAUSED).exists()
+
+
+def ask_again(folder: Path, run_id: str) -> None:
+    """Tells a runner at work on the sweep in `folder` that a run, whose result was set aside, is to be tried again."""
+    (folder / WISHES).mkdir(exist_ok=True)
+    (folder / WISHES / run_id).touch()
+
+
+def asked_again(folder: Path) -> list[str]:
+    """The runs that are to be tried again, each told once."""
+    found = sorted((folder / WISHES).glob("*"))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return [path.name for path in found]
 
 
 def standing(folder: Path) -> str:

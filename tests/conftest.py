@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,9 @@ def front(
     return run
 
 
-@pytest.fixture
-def catalogue() -> Iterator[None]:
-    """What a plugin adds to the dictionaries is gone after the test."""
+@contextmanager
+def restored() -> Iterator[None]:
+    """What plugins add to the dictionaries inside is gone afterwards."""
     before = {kind: dict(known) for kind, known in CATALOGUE.items()}
     yield
     for kind, known in CATALOGUE.items():
@@ -129,3 +130,17 @@ def catalogue() -> Iterator[None]:
         known.update(before[kind])
     for name in [name for name in sys.modules if name.startswith("slicewise_plugin_")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def catalogue() -> Iterator[None]:
+    """What a plugin adds to the dictionaries is gone after the test."""
+    with restored():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _catalogue_of_a_module() -> Iterator[None]:
+    """And after the tests of a file."""
+    with restored():
+        yield

@@ -316,7 +316,7 @@ def built() -> Iterator[tuple[str, str | bytes]]:
     """Name and content of files that somebody might write to break this, and of some that somebody might write by mistake."""
     grid = "sweep: {grid: {%s}}"
     axis = "optimizer.learning_rate: {log: [1e-4, 1e-2], num: %d}"
-    yield from {
+    made: dict[str, str | bytes] = {
         "empty": "",
         "blank": "\n \n",
         "comment": "# nothing\n",
@@ -511,7 +511,8 @@ def built() -> Iterator[tuple[str, str | bytes]]:
         "spaces": "name:\u00a0x\nmodel:\u3000y\n",
         "tabs": "model:\n\tn_layer: 1\n",
         "block text": "model: |\n  n_layer: 1\n",
-    }.items()
+    }
+    yield from made.items()
 
 
 def cases(count: int, seed: int = 20260101) -> dict[str, bytes]:
@@ -590,7 +591,7 @@ def main(folder: Path) -> None:
     import train
 
     torch.set_num_threads(1)
-    lab.listing.DATA = folder / "data"
+    vars(lab.listing)["DATA"] = folder / "data"
     train.main(["--config", str(folder / "warm" / FILE), "--dry-run"])  # whatever is imported late is imported once
     for case in sorted(path for path in (folder / "cases").iterdir() if path.is_dir()):
         print(f"\n{json.dumps(tried(case, train.main))}", flush=True)

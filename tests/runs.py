@@ -39,6 +39,7 @@ PLUGIN = '''
 import os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
+import torch
 from core.options import opt
 from variations.activation import ACTIVATIONS
 from variations.activation.elementwise import GELU
@@ -52,7 +53,7 @@ class PointsOptions(Decay):
 
 class Points(Cosine):
     """Formula: cosine. While $POINTS/LABEL-I.hold exists, iteration I waits; it says so in LABEL-I.pid, and in LABEL-I.asked
-    once the process was asked to stop."""
+    once the process was asked to stop. As often as LABEL-I.oom says, iteration I has too little memory."""
     Options = PointsOptions
 
     def multiplier(self, i):
@@ -65,6 +66,10 @@ class Points(Cosine):
             if flag is not None and flag():
                 (folder / f"{name}.asked").touch()
             time.sleep(0.005)
+        asked = folder / f"{name}.oom"
+        if asked.exists() and (left := int(asked.read_text())):
+            asked.write_text(str(left - 1))
+            raise torch.OutOfMemoryError("no memory today")
         if self.options.label == "raising" and i == 4:
             raise RuntimeError("no schedule today")
         if self.options.label == "dying" and i == 4:

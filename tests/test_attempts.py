@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,8 @@ from test_packs import Packs
 
 from engine.loop import Run
 from lab.worker import STOPPED, run_pack
-from variations import CATALOGUE
 
 LABELS = "abcd"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _catalogue() -> Iterator[None]:
-    """What the plugin adds to the dictionaries is gone after these tests."""
-    before = {kind: dict(known) for kind, known in CATALOGUE.items()}
-    yield
-    for kind, known in CATALOGUE.items():
-        assert isinstance(known, dict)
-        known.clear()
-        known.update(before[kind])
 
 
 @pytest.fixture(scope="module")

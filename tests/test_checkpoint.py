@@ -312,7 +312,7 @@ def test_a_run_with_damaged_checkpoints_is_still_the_undisturbed_one(
         shutil.rmtree(tmp_path / "parts")
         return capsys.readouterr().err
 
-    for file in damages(tmp_path / "stopped/checkpoint/00000005", 2):
+    for file in damages(tmp_path / "stopped/checkpoint/00000005", 1):
         shutil.copytree(tmp_path / "stopped", tmp_path / "parts")
         told = continued(3)
         assert f"parts/checkpoint/00000005/{file.name}: it" in told and "That of iteration 3 is used" in told

@@ -27,7 +27,6 @@ from lab.executors.local import LocalExecutor, LocalTrial
 from lab.listing import open_listing
 from lab.plan import Slot, Wish
 from lab.store import holder
-from variations import CATALOGUE
 
 NUMBERS: dict[str, list[Any]] = {
     "schedule.label": ["a", "b", "c", "d"],
@@ -74,19 +73,6 @@ class Packs(Lab):
             label = run_id.partition("label=")[2][:1]
             made[label] = (*made.get(label, ()), event)
         return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _catalogue() -> Iterator[None]:
-    """What the plugin adds to the dictionaries is gone after these tests."""
-    before = {kind: dict(known) for kind, known in CATALOGUE.items()}
-    yield
-    for kind, known in CATALOGUE.items():
-        assert isinstance(known, dict)
-        known.clear()
-        known.update(before[kind])
-    for name in [name for name in sys.modules if name.startswith("slicewise_plugin_")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from runs import PATIENCE, Lab, alive, aside, until
 
 import train
 from lab import __main__ as lab_main
-from variations import CATALOGUE
 
 RUN_FILES = {
     ".attempt",
@@ -46,19 +44,6 @@ RESULT = {
     *("parameters", "trainable_parameters", "flops_per_token", "peak_memory_bytes", "run_id", "cell", "seed"),
     *("attempt", "pack", "error", "cause", "token", "provenance"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _catalogue() -> Iterator[None]:
-    """What the plugin adds to the dictionaries is gone after these tests."""
-    before = {kind: dict(known) for kind, known in CATALOGUE.items()}
-    yield
-    for kind, known in CATALOGUE.items():
-        assert isinstance(known, dict)
-        known.clear()
-        known.update(before[kind])
-    for name in [name for name in sys.modules if name.startswith("slicewise_plugin_")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

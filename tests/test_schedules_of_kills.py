@@ -34,7 +34,7 @@ def test_forked_schedules() -> None:
     assert not wrong, wrong[0]
     codes = [code for one in told for code in one["codes"]]
     assert codes.count(-9) >= 3 and codes.count(75) >= 3, "runners were killed, and interrupted"
-    assert sum(max(one["attempts"]) > 1 for one in told) > FORKED / 2, "and so were trials"
+    assert sum(max(one["attempts"]) > 1 for one in told) >= FORKED / 4, "and so were trials"
 
 
 @pytest.mark.parametrize("seed", [1000])

@@ -18,7 +18,7 @@ from lab.executors.trial import End, Trial
 from lab.forks import Forks, Worker
 from lab.plan import Places, Slot, Wish, beside
 from lab.process import REPOSITORY, begin
-from lab.store import begin_attempt, heartbeat, hold, holder
+from lab.store import begin_attempt, current_attempt, heartbeat, hold, holder
 from train_args import RunnerConfig
 
 POLL = 0.1  # seconds between looks at what cannot be waited for
@@ -73,17 +73,17 @@ class LocalExecutor:
         self.unmeasured = {slot.device for slot in slots if measure and slot.device != "cpu" and slot.processes == 1}
 
     def adopt(self, folders: Sequence[Path]) -> list[Trial]:
-        groups: dict[int, list[Path]] = {}
+        groups: dict[int | Path, list[Path]] = {}
         for folder in folders:
             if (process := holder(folder)) is not None:
-                groups.setdefault(process, []).append(folder)
-        made = [self._adopted(some) for some in groups.values()]
-        return [trial for trial in made if trial is not None]
+                groups.setdefault(process or folder, []).append(folder)  # who has not said its number is on its own
+        return [self._adopted(some) for some in groups.values()]
 
     def _adopted(self, folders: list[Path]) -> Trial:
         trial = LocalTrial(folders, Wish(tuple(f.name for f in folders)), adopted=True)
-        trial.slot = self.places.take()
-        trial.place = trial.slot.device if trial.slot else ""
+        attempt = current_attempt(folders[0])
+        trial.place = str(attempt.where.get("device", "")) if attempt else ""
+        trial.slot = self.places.take(on=trial.place)
         self.live.append(trial)
         return trial
 
@@ -112,7 +112,7 @@ class LocalExecutor:
 
     def _start(self, locks: Mapping[Path, IO[str]], slot: Slot) -> Process:
         numbers = [lock.fileno() for lock in locks.values()]
-        logs = [path / f"attempt-{begin_attempt(path).number}.log" for path in locks]
+        logs = [path / f"attempt-{begin_attempt(path, device=slot.device).number}.log" for path in locks]
         device, environment = as_seen(slot.device)
         with logs[0].open("wb") as log:
             if self.forks is None or slot.processes > 1:
@@ -125,11 +125,14 @@ class LocalExecutor:
     def _worker(self, slot: Slot, environment: dict[str, str]) -> Worker:
         """A warm worker of the slot's device that is idle, or a new one."""
         assert self.forks is not None
-        for i, (other, worker) in enumerate(self.idle):
-            if other.device == slot.device and worker.idle:
+        for i, (other, worker) in reversed(list(enumerate(self.idle))):
+            if other.device == slot.device:
                 del self.idle[i]
-                return worker
+                if worker.idle:
+                    return worker
+                worker.close()
         if self.forks.gone:
+            self.forks.release()
             self.forks = Forks()
         return self.forks.worker(environment)
 
@@ -181,6 +184,9 @@ class LocalExecutor:
     def _free(self, trial: LocalTrial) -> None:
         if trial.slot is not None:
             self.places.give(trial.slot)
+            for other in self.live:  # an adopted one for which there was no room comes first
+                if isinstance(other, LocalTrial) and other.slot is None:
+                    other.slot = self.places.take(on=other.place)
             if isinstance(trial.process, Worker):
                 if trial.process.idle:
                     self.idle.append((trial.slot, trial.process))
@@ -220,6 +226,8 @@ class LocalExecutor:
     def close(self) -> None:
         if self.forks is not None:
             self.forks.close()
+        for _, worker in self.idle:  # also of a process that died before
+            worker.close()
 
 
 def _why(trial: LocalTrial, code: int | None) -> str:
