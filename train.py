@@ -62,6 +62,26 @@ def act(given: argparse.Namespace) -> int:
     """What the command line asks for. Raises ConfigError with every mistake in it or in the files."""
     if given.list is not None:
         return list_catalogue(given.list)
+    from lab import forks
+
+    if given.config is not None and not (given.slices or given.dry_run) and _may_be_a_sweep(given.config):
+        forks.start_early()
+    try:
+        return carry_out(given)
+    finally:
+        forks.discard()
+
+
+def _may_be_a_sweep(file: Path) -> bool:
+    """Whether it is worth starting what trains many runs before the file is understood."""
+    try:
+        return b"sweep" in file.read_bytes()[:100_000]
+    except OSError:
+        return False
+
+
+def carry_out(given: argparse.Namespace) -> int:
+    """Shows, or carries out, what a file and the command line stand for."""
     from lab.listing import open_listing
 
     listing = open_listing(given.config, given.overrides)

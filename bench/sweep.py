@@ -43,12 +43,12 @@ PARTS = ("overhead", "large", "short", "long")
 SHORT, LONG = 1.0, 20.0  # seconds of training of a run alone
 
 
-def tree(root: Path, iterations: int, **runner: Any) -> dict[str, Any]:
+def tree(data: Path, iterations: int, **runner: Any) -> dict[str, Any]:
     """A sweep of 16 runs that differ in numbers alone, four rates and four decays, of a model of 0.1M parameters."""
     return {
         "name": "bench",
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64},
-        "data": {"dataset": "random", "root": str(root)},
+        "data": {"dataset": "random", "root": str(data)},
         "train": {
             "max_iters": iterations,
             "batch_size": 8,

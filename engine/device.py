@@ -60,6 +60,16 @@ def claim(device: torch.device, deterministic: bool = False) -> None:
         libc.mallopt(M_MMAP_MAX, 0)
 
 
+def seed(number: int, device: torch.device) -> None:
+    """Begins torch's own generators anew: the CPU's, and a GPU's where the run is on one.
+
+    As torch.manual_seed, which also asks every kind of device that there might be, for a millisecond each time.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; from pinned memory to a GPU, so that the copy runs beside what is queued there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

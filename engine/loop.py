@@ -18,7 +18,7 @@ from core.yaml_files import ConfigError
 from engine import checkpoint
 from engine.base import load_base
 from engine.data import Batches, Corpus, gather, windows
-from engine.device import autocast, claim, first_scale, move, next_scale, peak_memory, synchronise
+from engine.device import autocast, claim, first_scale, move, next_scale, peak_memory, seed, synchronise
 from engine.optim import Optimizers
 from engine.ranks import Ranks
 from engine.state import Paused, Tracker
@@ -110,7 +110,7 @@ class Run:
         for j in share.passes:
             micro = i * train.gradient_accumulation_steps + j
             # For variations that draw from torch's generator: not the same numbers for other rows of a batch.
-            torch.manual_seed((train.seed * 1_000_003 + micro + share.part * 2**40) % SEEDS)
+            seed((train.seed * 1_000_003 + micro + share.part * 2**40) % SEEDS, self.device)
             if self.dropping:
                 set_step(self.plain, train.seed, micro)
             x, y = (move(t[share.rows], self.device) for t in self.batches(micro))
@@ -188,7 +188,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self, iters: int | str) -> float:
         """Mean cross entropy in nats per token over fixed windows of the validation split: `iters` batches, or all of it."""
-        torch.manual_seed(EVAL_SEED)  # for variations that draw
+        seed(EVAL_SEED, self.device)  # for variations that draw
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0  # of this process's batches
         for batch in self.evaluated(iters):

@@ -121,6 +121,8 @@ class Ranks:
         self.graded: list[bool] = []  # which parameters had a gradient here in the last iteration
         self.absent: list[int] = []  # those that had none anywhere
         self.dividing = False  # whether each forward pass is shared
+        if count > 1:  # not compiled; what says so takes longer to import than all that a run alone needs
+            self.gather = torch.compiler.disable(self.gather)  # type: ignore[method-assign]
 
     def device(self, wanted: str) -> str:
         """This process's own of the devices that a word stands for: a list with commas, or the first of as many GPUs as there are
@@ -261,7 +263,6 @@ class Ranks:
         every = iter(self.total(*(x for some in found.values() for x in some.values())))
         return {path: {name: next(every) / self.count for name in some} for path, some in found.items()}
 
-    @torch.compiler.disable
     def gather(self, x: Tensor) -> Tensor:
         """What every process has, [processes, ...]. No gradient flows through it."""
         self.agree()

@@ -278,10 +278,35 @@ class Forks:
         self.process.wait()
 
 
+# While the runner itself begins --------------------------------------------------------------------------------------------
+
+
+_early: list[Forks] = []
+
+
+def start_early() -> None:
+    """Starts the process now, beside the caller's own imports, for a runner that is likely to need it."""
+    _early.append(Forks())
+
+
+def begun() -> Forks:
+    """The process that was started early, or a new one."""
+    return _early.pop() if _early else Forks()
+
+
+def discard() -> None:
+    """Ends a process that was started early and not needed."""
+    while _early:
+        forks = _early.pop()
+        forks.process.kill()
+        forks.close()
+
+
 def main() -> None:
     begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -216,8 +216,8 @@ def is_damaged(error: sqlite3.Error) -> bool:
 def damage(path: Path, error: sqlite3.Error) -> str:
     """What there is to do about a damaged database, as a sentence."""
     return (
-        f"{path} is damaged ({error}). Move it away, with {path.name}-wal and {path.name}-shm where there are such files, and "
-        "run the sweep's file again: what counts is in the folders of the runs, from which it is made anew."
+        f"{path} cannot be read: it is damaged ({error}). Move it away, with {path.name}-wal and {path.name}-shm where there are "
+        "such files, and run the sweep's file again: what counts is in the folders of the runs, from which it is made anew."
     )
 
 

@@ -202,20 +202,22 @@ def test_more_trials_are_adopted_than_there_are_places(make: Make, whole: Warm) 
     lab = make(*"abcd", runner={"per_device": 3})
     lab.hold("a-4", "b-4", "c-4")
     runner = lab.begin()
-    for name in ("a-4", "b-4", "c-4"):
-        lab.reached(name)
+    trials = [lab.reached(name) for name in ("a-4", "b-4", "c-4")]
     runner.end()
     for label in "ab":
         (lab.run(label) / ".lock").write_text("")
     lab.runner["per_device"] = 1
     runner = lab.begin()
     until(lambda: sum(detail.get("adopted", False) for *_, detail in lab.events()) == 3)
-    for label in "abc":
-        assert not list(lab.folder.glob("label=d*/attempt-*"))
+    os.kill(trials[0], signal.SIGKILL)
+    lab.release("a-4")
+    until(lambda: "lost" in lab.told("a"))  # and nobody waits with that for b
+    for label in "bc":
+        assert not list(lab.folder.glob("label=d*/attempt-*")) and lab.logs("a") == ["attempt-1.log"]
         lab.release(f"{label}-4")
         until(partial(is_done, lab, label))
     assert runner.wait() == 0
-    assert [lab.logs(label) for label in "abcd"] == [["attempt-1.log"]] * 4
+    assert [len(lab.logs(label)) for label in "abcd"] == [2, 1, 1, 1]
     same(lab, whole, *"abcd")
 
 
@@ -364,6 +366,7 @@ def test_halving_goes_on_after_a_kill_while_runs_rest(make: Make, whole: Warm) -
     lab.release("d-1")
     assert lab.carry_out()[0] == 0
     assert stopped_early(lab, whole) == made
+    assert [len(lab.logs(x)) - len(plain.logs(x)) for x in "abcde"] == [0, 0, 0, 1, 0], "who rests is not asked again"
     assert {label: runs.records(lab.run(label)) for label in "abcde"} == {
         label: runs.records(plain.run(label)) for label in "abcde"
     }
@@ -433,7 +436,7 @@ def test_damaged_files(make: Make, whole: Warm, capsys: pytest.CaptureFixture[st
     database = lab.folder / "sweep.db"
     database.write_bytes(b"x" * 4096)
     code, out = lab.carry_out()
-    advice = f"{database} is damaged (file is not a database). Move it away"
+    advice = f"{database} cannot be read: it is damaged (file is not a database). Move it away"
     assert code == 1 and advice in out
     assert retry(lab) == 2 and advice in capsys.readouterr().err
     database.unlink()

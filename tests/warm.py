@@ -169,6 +169,7 @@ def become_runner(asked: dict[str, Any]) -> NoReturn:
     import schedules
 
     import lab.executors.local
+    import lab.forks
     import lab.runner
     import train
 
@@ -181,6 +182,8 @@ def become_runner(asked: dict[str, Any]) -> NoReturn:
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])
         setattr(lab.executors.local, "Forks", schedules.Forked)  # noqa: B010 for the type checker
+        setattr(lab.executors.local, "begun", schedules.Forked)  # noqa: B010
+        setattr(lab.forks, "start_early", lambda: None)  # noqa: B010
         setattr(lab.runner, "report", schedules.silent_report)  # noqa: B010
         exec(asked["prelude"], {})
         code = train.main(asked["words"])

@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from lab.devices import as_seen, memory
 from lab.executors.trial import End, Trial
-from lab.forks import Forks, Worker
+from lab.forks import Forks, Worker, begun
 from lab.plan import Places, Slot, Wish, beside
 from lab.process import REPOSITORY, begin
 from lab.store import begin_attempt, current_attempt, heartbeat, hold, holder
@@ -68,7 +68,7 @@ class LocalExecutor:
     def __init__(self, slots: Sequence[Slot], warm: bool = False, measure: bool = False) -> None:
         self.places = Places(slots)
         self.live: list[Trial] = []
-        self.forks = Forks() if warm else None
+        self.forks: Forks | None = begun() if warm else None
         self.idle: list[tuple[Slot, Worker]] = []
         self.unmeasured = {slot.device for slot in slots if measure and slot.device != "cpu" and slot.processes == 1}
 

@@ -91,7 +91,9 @@ def heat_map(drawn: Drawn) -> str:
         f'<text class="c" x="{middle:.0f}" y="{tall + 36}">{text(short(" with ".join(grid.columns.keys), 60))}</text>'
     )
     name = f"{title(drawn.board.metric)} by {' with '.join(grid.rows.keys)} and {' with '.join(grid.columns.keys)}."
-    wide = max(720.0, left + width * len(grid.columns.labels) + 12)  # a small map is not blown up to the width of the page
+    wide = max(
+        720.0, left + width * len(grid.columns.labels) + 12
+    )  # a small map is not blown up to the width of the page
     return figure(svg(wide, tall + 44, name, "".join(parts)), wide=True)
 
 
