@@ -191,6 +191,11 @@ class Worker:
             self.closed = True  # it has nothing to say but that it is gone
         return not self.closed and self.code in (0, 75)  # after an error it ends itself
 
+    @property
+    def orphan(self) -> bool:
+        """Whether it is gone, and so is the process that would have waited for its end: it may not be all over yet."""
+        return self.closed and self.forks.gone
+
     def close(self) -> None:
         """Lets go of it for good."""
         self.channel.close()

@@ -97,7 +97,9 @@ class Places:
         for slot in mine:
             self._move(slot)
         self.reserved = None
-        one = Slot(mine[0].device, sum(slot.threads for slot in mine), mine[0].processes)
+        # Not more threads on a CPU, where sums of several have other last bits.
+        threads = mine[0].threads if device == "cpu" else sum(slot.threads for slot in mine)
+        one = Slot(mine[0].device, threads, mine[0].processes)
         self.whole[id(one)] = [one, *mine]  # `one` too: its identity must stay its own
         return one
 

@@ -21,6 +21,7 @@ from engine.ranks import Ranks, join
 from engine.state import Paused
 from engine.tracking import Metrics
 from lab.listing import open_listing
+from lab.process import leave
 from lab.several import train
 from train_args import with_vocabulary
 
@@ -97,3 +98,4 @@ def lacking(ranks: Ranks) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)  # as trials do: taking apart what gloo's threads still use ends some processes with an abort

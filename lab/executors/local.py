@@ -42,9 +42,10 @@ class LocalTrial(Trial):
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs. An adopted trial's is 0 when its locks are free: results tell the rest."""
-        if self.process is not None:
-            return self.process.poll()
-        return None if any(holder(folder) is not None for folder in self.open) else 0
+        code = 0 if self.process is None else self.process.poll()
+        # Where nobody waits for a worker, its socket closes a moment before its locks are free.
+        unseen = self.process is None or (isinstance(self.process, Worker) and self.process.orphan)
+        return None if unseen and any(holder(folder) is not None for folder in self.open) else code
 
     def processes(self) -> set[int]:
         """The numbers that signals go to; none where a process has not said its own yet."""
