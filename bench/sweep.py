@@ -118,7 +118,7 @@ def overhead(home: Path) -> dict[str, Any]:
     for one in listing.runs:
         listing.path(one).mkdir(parents=True)
     database = Store(listing.folder / "sweep.db")
-    database.list(_row(listing, one) for one in listing.runs)
+    database.list(_row(listing, one, True) for one in listing.runs)
     executor = Instant(2)
     with claim.exclusive(listing.folder) as mine, StopFlag() as stop:
         conductor = Conductor(listing, database, executor, mine, lambda some: [[one] for one in some])
