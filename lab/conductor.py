@@ -14,7 +14,7 @@ from lab.executors import End, Executor, Trial
 from lab.expand import Run
 from lab.listing import ENDED, Listing
 from lab.plan import Streak, Verdict, Wish, verdict, wishes
-from lab.store import Store, asked_again, attempts, current_attempt, is_paused, read_result
+from lab.store import Store, asked_again, attempts, current_attempt, is_paused, progress, read_result
 from lab.worker import StopFlag, no_result, write_result
 
 LOOK = 1.0  # seconds between looks at what nobody tells of
@@ -111,11 +111,11 @@ class Conductor:
         resting, self.resting = self.resting, []
         for run in resting:
             folder, one = self.folder(run), self.runs[run]
-            attempt = current_attempt(folder)
-            known = {
-                "status": "pruned",
-                "cell": one.cell,
-                "seed": one.seed,
+            attempt, seen = current_attempt(folder), progress(folder)
+            known: dict[str, Any] = {"status": "pruned", "cell": one.cell, "seed": one.seed}
+            known |= {
+                "train_loss": seen.train_loss,
+                "val_loss": seen.val_loss,
                 "token": attempt.token if attempt else None,
             }
             write_result(folder, no_result(folder, **known))

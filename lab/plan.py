@@ -170,7 +170,7 @@ def wishes(ended: Mapping[str, Verdict]) -> list[Wish]:
 
 
 class Streak:
-    """Failures in a row. `why` says what they have in common once they are so many that going on is no use."""
+    """Failures in a row that are alike."""
 
     def __init__(self) -> None:
         self.error, self.count = "", 0

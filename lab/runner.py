@@ -18,7 +18,7 @@ from core.options import plain
 from core.yaml_files import ConfigError, dump
 from engine.device import pick
 from engine.tracking import resolve_mode
-from lab import claim, packing, rungs, store
+from lab import claim, forks, packing, rungs, store
 from lab.base import ended_as, untrained
 from lab.beside import Reporter
 from lab.conductor import Conductor
@@ -28,7 +28,7 @@ from lab.expand import Run
 from lab.listing import ENDED, Listing
 from lab.plan import Slot, slots
 from lab.report import Listed, Summary, write_report
-from lab.store import Store, Superseded, begin_attempt, holder, is_paused, progress, read_result, write_atomically
+from lab.store import Store, Superseded, begin_attempt, hold, holder, is_paused, progress, read_result, write_atomically
 from lab.wandb_sweep import log_sweep, summarised
 from lab.worker import Console, StopFlag, judge, run_pack
 from train_args import Config
@@ -133,7 +133,6 @@ class _Sweep:
         self.wandb = "off"
         self.stopped = self.hard = False
         self.failed: set[str] = set()  # by this command
-        self.why = ""
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -199,6 +198,9 @@ class _Sweep:
         folder, threads = self.listing.path(one), one.config.runner.threads
         if threads:
             torch.set_num_threads(threads)
+        lock = hold(folder)
+        if lock is None:
+            raise claim.Refused(f"{folder}: process {holder(folder)} is training this run. Wait for it, or stop it.")
         attempt = begin_attempt(folder)
         self.database.event("running", folder.name, device=device)
         with (
@@ -208,7 +210,7 @@ class _Sweep:
             StopFlag() as stop,
         ):
             print(f"{folder}: {one.config.iterations} iterations")
-            code = run_pack([folder], device=device, stop=stop, judges=judge)
+            code = run_pack([folder], device=device, stop=stop, locks=[lock], judges=judge)
         self.stopped = code == STOPPED
         self.database.event("stopped" if self.stopped else str((read_result(folder) or {}).get("status")), folder.name)
 
@@ -226,6 +228,7 @@ class _Sweep:
             executor = make(runner, here, listing.folder)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        forks.discard()  # where the executor has no use for it
         reporter = Reporter(listing.folder)
         conductor = Conductor(
             listing,
@@ -246,7 +249,6 @@ class _Sweep:
         finally:
             executor.close()
             reporter.close()
-        self.why = conductor.why
 
     def known(self, one: Run) -> dict[str, Any] | None:
         """What a search is told of a run: its result, or that it rests at a rung with the loss it has there. A run that failed

@@ -350,15 +350,6 @@ def asked_again(folder: Path) -> list[str]:
     return [path.name for path in found]
 
 
-def standing(folder: Path) -> str:
-    """What a run without a result does: running, paused, stopped (it was begun), or waiting."""
-    if holder(folder) is not None:
-        return "running"
-    if is_paused(folder):
-        return "paused"
-    return "stopped" if attempts(folder) else "waiting"
-
-
 @dataclass
 class Progress:
     """How far a run's metrics.jsonl is. Losses are the last ones, null where there are none."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import runs
 
 from engine import pack
@@ -14,6 +15,7 @@ from engine.data import Corpus
 from engine.loop import Run
 from engine.pack import Member
 from engine.state import Anew, Paused, Stopped
+from engine.together import Together
 from engine.tracking import Metrics
 from train_args import Config
 
@@ -101,3 +103,16 @@ class Pack:
             assert len(list(a.glob("checkpoint/*"))) == len(list(b.glob("checkpoint/*")))
             if (a / "checkpoint").exists():
                 assert runs.saved_bytes(a) == runs.saved_bytes(b), f"checkpoint of run {i}"
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many runs each folded model has that is made from now on."""
+    seen: list[int] = []
+
+    class Watched(Together):
+        def __init__(self, courses: Any, *rest: Any) -> None:
+            seen.append(len(courses))
+            super().__init__(courses, *rest)
+
+    monkeypatch.setattr(pack, "Together", Watched)
+    return seen

@@ -314,6 +314,16 @@ class Lab:
             process.communicate()
 
 
+def same_as_here(lab: Lab, whole: Lab, *labels: str) -> None:
+    """Trials of a cluster leave the bits that trials of this machine leave."""
+    for label in labels:
+        assert saved_bytes(lab.run(label)) == saved_bytes(whole.run(label))
+        assert records(lab.run(label)) == records(whole.run(label))
+        ours, theirs = lab.result(label), whole.result(label)
+        for key in ("val_loss", "train_loss", "iters", "tokens", "status"):
+            assert ours[key] == theirs[key], key
+
+
 def aside(act: Callable[[], None]) -> threading.Thread:
     """Does something while the runner is at work in this thread."""
     thread = threading.Thread(target=act, daemon=True)

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import runs
 import torch
-from packs import MOE, NUMBERS, Pack, read
+from packs import MOE, NUMBERS, Pack, read, watched
 from torch import Tensor
 
-from engine import pack
 from engine.data import Corpus
 from engine.pack import Member
-from engine.together import Together
 from train_args import Config
 from variations import CATALOGUE
 from variations.activation.elementwise import GELU
@@ -36,15 +34,7 @@ def configs(root: Path) -> Callable[..., list[tuple[Config, Corpus]]]:
 @pytest.fixture(autouse=True)
 def folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many runs each folded model had: without any, the tests would compare plain steps with plain steps."""
-    seen: list[int] = []
-
-    class Watched(Together):
-        def __init__(self, courses: Any, *rest: Any) -> None:
-            seen.append(len(courses))
-            super().__init__(courses, *rest)
-
-    monkeypatch.setattr(pack, "Together", Watched)
-    yield seen
+    yield watched(monkeypatch)
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import runs
 from runs import PATIENCE, Lab, alive, until
+from runs import same_as_here as same
 
 from core.yaml_files import ConfigError
 from lab.executors import ray
 from train_args import RunnerConfig
 
-COMPARED = ("val_loss", "train_loss", "iters", "tokens", "status")
 PROGRAM = Path(sys.executable).with_name("ray")
 
 
@@ -68,15 +68,6 @@ def finish(lab: Lab, code: int, *words: str, process: subprocess.Popen[str] | No
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code and "Traceback" not in err, out + err
     return out, err
-
-
-def same(lab: Lab, whole: Lab, *labels: str) -> None:
-    """Trials of Ray leave the bits that trials of this machine leave."""
-    for label in labels:
-        assert runs.saved_bytes(lab.run(label)) == runs.saved_bytes(whole.run(label))
-        assert runs.records(lab.run(label)) == runs.records(whole.run(label))
-        ours, theirs = lab.result(label), whole.result(label)
-        assert {key: ours[key] for key in COMPARED} == {key: theirs[key] for key in COMPARED}
 
 
 @pytest.mark.system

@@ -14,7 +14,6 @@ from packs import MOE, Pack
 
 from engine import checkpoint, pack
 from engine.loop import Run
-from engine.together import Together
 
 RUNGS = (1, 3)  # no evaluation is due there, nor a checkpoint
 Event = tuple[str, int, int]
@@ -55,15 +54,7 @@ def configs(root: Path) -> Any:
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many runs each folded model had."""
-    seen: list[int] = []
-
-    class Watched(Together):
-        def __init__(self, courses: Any, *rest: Any) -> None:
-            seen.append(len(courses))
-            super().__init__(courses, *rest)
-
-    monkeypatch.setattr(pack, "Together", Watched)
-    return seen
+    return packs.watched(monkeypatch)
 
 
 def judged(made: Pack, says: Sequence[dict[int, str | Exception]], rungs: tuple[int, ...] = RUNGS) -> list[Event]:

@@ -17,6 +17,7 @@ import pytest
 import runs
 import slurm_machine
 from runs import PATIENCE, Lab, alive, until
+from runs import same_as_here as same
 
 from core.yaml_files import ConfigError
 from lab.executors import Trial, job, slurm, slurm_commands
@@ -24,8 +25,6 @@ from lab.executors.slurm_commands import Unanswered
 from lab.plan import Wish
 from lab.store import begin_attempt, current_attempt, read_result
 from train_args import RunnerConfig, SlurmConfig
-
-COMPARED = ("val_loss", "train_loss", "iters", "tokens", "status")
 
 
 class Killed(BaseException):
@@ -109,15 +108,6 @@ def lab(
     made.close()
     machine.call("scancel", "--user", str(os.getuid()))
     machine.until(lambda: not made.jobs())
-
-
-def same(lab: Lab, whole: Lab, *labels: str) -> None:
-    """Jobs leave the bits that trials of this machine leave."""
-    for label in labels:
-        assert runs.saved_bytes(lab.run(label)) == runs.saved_bytes(whole.run(label))
-        assert runs.records(lab.run(label)) == runs.records(whole.run(label))
-        ours, theirs = lab.result(label), whole.result(label)
-        assert {key: ours[key] for key in COMPARED} == {key: theirs[key] for key in COMPARED}
 
 
 def lost(lab: Lab) -> list[tuple[str, str]]:
