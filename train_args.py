@@ -154,7 +154,9 @@ class RunnerConfig:
     devices_per_trial: int = opt(1, "Devices, or on a CPU processes, that train one run together.", ge=1)
     warm: bool = opt(True, "Whether a process trains one run after another; false starts one for each trial.")
     pack: int | Literal["auto", "off"] = opt(
-        "auto", "Runs that differ in numbers alone and are trained in one process: at most so many, auto or off.", ge=1
+        "auto",
+        "Runs that differ in numbers alone, trained in one process: at most so many, off, or auto (on a GPU, or with warm off).",
+        ge=1,
     )
     threads: int | None = opt(None, "CPU threads of a trial; null divides the cores among the trials.", ge=1)
     root: str = opt("runs", "Folder of the run folders.")

@@ -226,10 +226,12 @@ def side(home: Path, count: int, sweep: bool, **runner: Any) -> Callable[[], flo
 def wall(home: Path, wanted: float, rounds: int, parts: bool) -> dict[str, Any]:
     """The sweep against one process after another, and where the factor comes from."""
     count = iterations(home, wanted)
+    # A sweep is two slots with warm workers; each of the parts lacks one of these, or adds packs.
     sides = {"one after another": side(home, count, False), "sweep": side(home, count, True)}
     if parts:
         sides["two slots, a process each"] = side(home, count, True, pack="off", warm=False)
-        sides["two slots, warm workers"] = side(home, count, True, pack="off")
+        sides["one slot, a warm worker"] = side(home, count, True, per_device=1)
+        sides["two slots, packs of 8"] = side(home, count, True, pack=8)
     times = alternate(sides, rounds)
     base = times.pop("one after another")
     made: dict[str, Any] = {"runs": RUNS, "iterations": count, "one after another": [round(t, 1) for t in base]}

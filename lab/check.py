@@ -18,6 +18,7 @@ from typing import Any
 from core.options import plain
 from lab.likeness import Case, differences
 from lab.plan import Slot, slots
+from lab.process import cores
 from lab.reporting.numbers import duration, magnitude, many, short
 
 ABOUT = "build every model of a file, run two steps, and say what differs"
@@ -92,7 +93,7 @@ class Check:
         if "made" not in found:
             raise ValueError(found["error"])
         runners, count = config.runner, len(self.listing.runs)
-        each = (runners.per_device, runners.threads, runner.cores(), count, runners.devices_per_trial)
+        each = (runners.per_device, runners.threads, cores(), count, runners.devices_per_trial)
         self.slots = slots(found["made"], *each)
         for i, model in enumerate(self.models):
             if sys.stderr.isatty():
@@ -169,9 +170,9 @@ class Check:
         def most(run: Any) -> int:
             return packing.fitting(model_of[run.hash].cost["parameters"], runner.memory(), len(self.slots))
 
-        pending, how = self.listing.pending(), self.listing.runs[0].config.runner.pack
+        pending, settings = self.listing.pending(), self.listing.runs[0].config.runner
+        how, warm = packing.wanted(settings, self.slots), settings.warm
         trials = packing.groups(pending, how, self.slots, self.listing.content, CATALOGUE, most)
-        warm = self.listing.runs[0].config.runner.warm
         ends = [START if warm else 0.0] * len(self.slots)
         for trial in trials:
             seconds = sum(self.seconds(model_of[run.hash], run) for run in trial)

@@ -77,9 +77,7 @@ def _exactly(channel: socket.socket, length: int) -> bytes:
 
 def serve(control: socket.socket) -> None:
     """Forks a worker for every message, told its number; tells how each one ended. Returns when the runner is gone."""
-    import lab.worker  # what it imports is there in every worker
-
-    assert lab.worker
+    _prepare()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -108,6 +106,23 @@ def serve(control: socket.socket) -> None:
             os.close(jobs)
             with contextlib.suppress(OSError):  # a runner that is gone may have left other jobs
                 send(control, {"began": number, "name": content["name"]})
+
+
+def _prepare() -> None:
+    """What a trial does first and every worker would do anew: imports, and the first call of kernels, which takes a second's
+    fraction each. One thread computes here: a pool of them would not live through a fork."""
+    import numpy.random  # which numpy itself imports when it is first used
+    import torch
+
+    import lab.worker
+
+    assert numpy.random and lab.worker
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        x = torch.zeros(64, 64)
+        torch.nn.functional.gelu(torch.addmm(x[0], x, x))
+    gc.collect()
+    gc.freeze()  # what is here for good is not looked through after each trial
 
 
 def _become_worker(jobs: socket.socket) -> NoReturn:

@@ -14,7 +14,7 @@ from lab.plan import Slot
 
 if TYPE_CHECKING:
     from lab.expand import Run
-    from train_args import Config
+    from train_args import Config, RunnerConfig
 
 WHOLE = ("schedule", "init")  # kinds of which nothing is in the forward graph
 MOST = 16  # runs of a pack on a CPU that nobody asked for: more save little and are told of late
@@ -101,6 +101,16 @@ def _nodes(value: Any) -> Iterator[tuple[str, str]]:
 
 
 # How many -------------------------------------------------------------------------------------------------------------------
+
+
+def wanted(runner: RunnerConfig, slots: Sequence[Slot]) -> int | str:
+    """What `runner.pack: auto` means here: packs on a GPU, where they are folded, and on a CPU where each trial would be a new
+    process; a warm worker has nothing to save there."""
+    if runner.devices_per_trial > 1:
+        return "off"
+    known = runner.executor == "local"  # nobody knows how many places a cluster has
+    needed = any(slot.device.startswith("cuda") for slot in slots) or not runner.warm
+    return "off" if runner.pack == "auto" and not (known and needed) else runner.pack
 
 
 def groups(

@@ -6,10 +6,13 @@ import atexit
 import contextlib
 import os
 import sys
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+T = TypeVar("T")
+MOST = 4  # processes side by side
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Turns that a thread of OpenMP (GNU's, which torch brings) spins for the others before it sleeps. Its own default holds a core for
@@ -22,6 +25,43 @@ def begin(environment: MutableMapping[str, str] = os.environ) -> None:
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(environment):
         environment["GOMP_SPINCOUNT"] = SPIN
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with which its sums are the same every time
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def side_by_side(work: Sequence[T], act: Callable[[T], None]) -> None:
+    """Does `act` for each piece of work: in several processes where this one may be forked and has cores for them, else in turn.
+
+    It may where it has one thread and has not imported torch, whose threads a fork loses. What a fork could not do is done here
+    again, so that its error is raised here.
+    """
+    may = hasattr(os, "fork") and threading.active_count() == 1 and "torch" not in sys.modules
+    count = max(1, min(len(work), cores(), MOST)) if may else 1
+    mine, *others = (work[i::count] for i in range(count))
+    forks = [_forked(share, act) for share in others]
+    try:
+        for piece in mine:
+            act(piece)
+    finally:
+        codes = [os.waitpid(pid, 0)[1] for pid in forks]
+    for piece in (piece for share, code in zip(others, codes, strict=True) if code for piece in share):
+        act(piece)
+
+
+def _forked(share: Sequence[T], act: Callable[[T], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for piece in share:
+                act(piece)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
 
 
 def leave(code: int) -> NoReturn:

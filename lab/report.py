@@ -11,9 +11,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from core.options import nearest
+from lab.process import side_by_side
 from lab.reporting import drawing, page, plots, tables
 from lab.reporting.cells import Listed, Run, board
 from lab.reporting.reading import read
@@ -80,8 +82,7 @@ def write_report(
     _text(folder / "runs.csv", tables.runs_csv(whole))
     _text(folder / "leaderboard.md", tables.leaderboard_md(whole, said, tuned))
     if not live:
-        for file, picture in plots.pictures(drawn):
-            _write(folder / "plots" / file, picture)
+        side_by_side(plots.pictures(drawn), partial(_draw, folder / "plots"))
     _text(folder / "report.html", page.render(drawn, said, live), "replace")
     best = next(iter((tuned.board if tuned else whole).finished), None)
     mean = best.estimate.mean if best and best.estimate else None
@@ -92,6 +93,18 @@ def write_report(
     return Summary(
         name, metric, mode, whole.counts(), len(whole.cells), best.name if best else None, mean, said, text, path
     )
+
+
+def ready() -> None:
+    """Imports what drawing takes, before it is needed."""
+    from matplotlib.backends import backend_agg, backend_svg
+
+    assert backend_agg and backend_svg
+
+
+def _draw(folder: Path, picture: plots.Picture) -> None:
+    for file, content in plots.files(picture):
+        _write(folder / file, content)
 
 
 def _text(path: Path, content: str, errors: str = "backslashreplace") -> None:

@@ -20,14 +20,14 @@ from engine.device import pick
 from engine.tracking import resolve_mode
 from lab import claim, forks, packing, rungs, store
 from lab.base import ended_as, untrained
-from lab.beside import Reporter
+from lab.beside import NoReport, Reporter
 from lab.conductor import Conductor
 from lab.devices import gpus
 from lab.executors import make
 from lab.expand import Run
 from lab.listing import ENDED, Listing
 from lab.plan import Slot, slots
-from lab.report import Listed, Summary, write_report
+from lab.process import cores
 from lab.store import Store, Superseded, begin_attempt, hold, holder, is_paused, progress, read_result, write_atomically
 from lab.wandb_sweep import log_sweep, summarised
 from lab.worker import Console, StopFlag, judge, run_pack
@@ -49,11 +49,6 @@ def devices(config: Config) -> tuple[str, ...]:
         return found or (str(pick("cpu", config.train.dtype)),)
     given = (config.train.device,) if asked == "auto" else (asked,) if isinstance(asked, str) else asked
     return tuple(str(pick(device, config.train.dtype)) for device in given)
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int:
@@ -133,6 +128,7 @@ class _Sweep:
         self.wandb = "off"
         self.stopped = self.hard = False
         self.failed: set[str] = set()  # by this command
+        self.reporter = Reporter(listing.folder)
 
     def run(self) -> int:
         """Returns the exit code."""
@@ -157,19 +153,25 @@ class _Sweep:
                 self.alone(places[0])
             elif self.pending:
                 self.together(places)
+            return self.close() if self.report() else max(self.close(), FAILED)
         finally:
             self.database.close()
-        if listing.has_sweep and not self.hard:
-            try:
-                told = report(listing)
-                print(f"\n{told.text}")
-                if self.pending:
-                    log_sweep(listing.folder, listing.name, self.config.tracking, self.wandb, summarised(told))
-            except ValueError as error:
-                print(error, file=sys.stderr)
-                self.close()
-                return FAILED
-        return self.close()
+            self.reporter.close()
+
+    def report(self) -> bool:
+        """The sweep's tables, plots and page, and its own run in wandb. Returns whether the report could be written."""
+        listing = self.listing
+        if not listing.has_sweep or self.hard:
+            return True
+        try:
+            told = self.reporter.last()
+        except NoReport as error:
+            print(f"{listing.folder}: no report: {error}", file=sys.stderr)
+            return False
+        print(f"\n{told['text']}")
+        if self.pending:
+            log_sweep(listing.folder, listing.name, self.config.tracking, self.wandb, summarised(told))
+        return True
 
     def is_single(self) -> bool:
         """Whether it is one run that this process trains itself, with its progress on the terminal."""
@@ -229,7 +231,6 @@ class _Sweep:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         forks.discard()  # where the executor has no use for it
-        reporter = Reporter(listing.folder)
         conductor = Conductor(
             listing,
             self.database,
@@ -238,7 +239,7 @@ class _Sweep:
             lambda some: self.pack(some, here),
             self.grow,
             self.promoted,
-            reporter if listing.has_sweep else lambda: None,
+            self.reporter if listing.has_sweep else lambda nearly_over: None,
         )
         conductor.failed = self.failed
         try:
@@ -248,7 +249,6 @@ class _Sweep:
                     self.stop(conductor, stop)
         finally:
             executor.close()
-            reporter.close()
 
     def known(self, one: Run) -> dict[str, Any] | None:
         """What a search is told of a run: its result, or that it rests at a rung with the loss it has there. A run that failed
@@ -305,10 +305,7 @@ class _Sweep:
         def most(one: Run) -> int:
             return packing.fitting(self.listing.parameters(one), memory(), len(places))
 
-        how = runner.pack if runner.devices_per_trial == 1 else "off"
-        if runner.executor != "local" and how == "auto":
-            how = "off"  # nobody knows how many places a cluster has
-        return packing.groups(some, how, places, self.listing.content, CATALOGUE, most)
+        return packing.groups(some, packing.wanted(runner, places), places, self.listing.content, CATALOGUE, most)
 
     def close(self) -> int:
         """The last line: how the runs ended. Returns the exit code."""
@@ -339,15 +336,3 @@ def _row(listing: Listing, one: Run, new: bool) -> store.Row:
         status if status in ("", *ENDED) else "waiting",
         one.phase,
     )
-
-
-def report(listing: Listing) -> Summary:
-    """Writes the report of a listing from its run folders."""
-    listed = [
-        Listed(listing.ids[r.hash], r.cell, r.seed, dict(plain(r.changed)), listing.path(r), r.baseline, r.phase)
-        for r in listing.runs
-    ]
-    sweep = listing.expansion.sweep
-    tune = (*sweep.tune, *(dimension.key for dimension in sweep.search.over)) if sweep.search else sweep.tune
-    how: dict[str, Any] = {"tune": tune, "stop": sweep.stop.method if sweep.stop else None}
-    return write_report(listing.folder, listing.name, listed, **sweep.objective, **how)

@@ -82,12 +82,11 @@ def _pictured(folder: Path, rows: Sequence[Mapping[str, Any]] | None, plots: Seq
     return told | ({"leaderboard": wandb.Table(*_table(board))} if board else {})
 
 
-def summarised(board: Any) -> dict[str, Any]:
-    """What the report's Summary says, for the run's own: the best cell and its mean, the counts, the sentences."""
-    counts = {f"runs_{status}": count for status, count in board.counts.items()}
-    best = {"best_cell": board.best_cell, "best_mean": board.best_mean}
-    sentences = " ".join(clean(sentence) for sentence in board.sentences)
-    return {"metric": board.metric, "mode": board.mode, "cells": board.cells, **best, **counts, "outcome": sentences}
+def summarised(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields of the report's Summary say, for the run's own: the best cell and its mean, the counts, the sentences."""
+    counts = {f"runs_{status}": count for status, count in told["counts"].items()}
+    same = {key: told[key] for key in ("metric", "mode", "cells", "best_cell", "best_mean")}
+    return {**same, **counts, "outcome": " ".join(clean(sentence) for sentence in told["sentences"])}
 
 
 def leaderboard(folder: Path) -> list[dict[str, str]]:

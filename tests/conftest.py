@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 
 import lab.listing
 import lab.runner
@@ -29,6 +30,12 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = [("train", ids[:3000]), ("val", ids[3000:])]
     write_corpus(root / "stdlib" / "byte", parts, dataset="stdlib", tokenizer=ByteTokenizer(), source="A test.")
     return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpus of tests that train."""
+    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
 
 
 @dataclass(frozen=True)

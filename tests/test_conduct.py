@@ -31,11 +31,6 @@ def template() -> Iterator[Template]:
     made.close()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def make(template: Template, data: Path, tmp_path: Path) -> Iterator[Make]:
     """Sweeps in folders of their own."""

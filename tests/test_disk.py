@@ -53,11 +53,6 @@ class Disk:
         assert mount("-o", f"remount,{how}", str(self.root))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
 def files(home: Path, data: Path, root: Path) -> tuple[Path, Path]:
     """A run of six iterations, and a sweep of two of them."""
     made = runs.tree(

@@ -59,11 +59,6 @@ def test_a_worker_that_dies_says_how(forks: Forks) -> None:
     assert worker.closed
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
 class OneByOne(Lab):
     """Four runs of different graphs, one worker at a time."""
 

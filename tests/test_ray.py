@@ -40,11 +40,6 @@ class Cluster(Lab):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The sweep on this machine, with nothing in its way."""
     if importlib.util.find_spec("ray") is None:

@@ -192,13 +192,13 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     seen: dict[str, list[Any]] = {}
 
-    def keep(name: str, width: float, height: float, draw: Any) -> list[tuple[str, bytes]]:
-        figure = Figure(figsize=(width, height))
-        draw(figure)
-        seen[name] = figure.axes
+    def keep(picture: plots.Picture) -> list[tuple[str, bytes]]:
+        figure = Figure(figsize=(picture.width, picture.height))
+        picture.draw(figure)
+        seen[picture.name] = figure.axes
         return []
 
-    monkeypatch.setattr(plots, "_picture", keep)
+    monkeypatch.setattr(plots, "files", keep)
     return seen
 
 

@@ -47,11 +47,6 @@ RESULT = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The sweep with nothing in its way."""
     made = Lab(tmp_path_factory.mktemp("whole"), data)

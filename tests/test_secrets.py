@@ -87,11 +87,6 @@ SCHEDULES["leaks"] = Leaks
 WAYS = ("no", "raises", "raises_all", "prints", "split", "logs", "urls", "beneath", "dies")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
 def sweep(home: Path, data: Path, ways: tuple[str, ...], **changes: object) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     (home / "leaks.py").write_text(LEAKS)

@@ -80,11 +80,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_machine.
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.tiny_corpus(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The sweep on this machine, with nothing in its way."""
     made = Lab(tmp_path_factory.mktemp("whole"), data, labels=("a", "b", "c", "d"))

@@ -70,20 +70,32 @@ def look(drawn: Drawn, cell: Cell) -> Look:
     return Look(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], MARKERS[i % len(MARKERS)])
 
 
-def pictures(drawn: Drawn) -> Iterator[tuple[str, bytes]]:
-    """Files and their content: every picture that has something to show, as PNG and SVG; the first two always."""
+@dataclass(frozen=True)
+class Picture:
+    """One that has something to show: width and height in inches, and what draws it."""
+
+    name: str
+    width: float
+    height: float
+    draw: Draw
+
+
+def pictures(drawn: Drawn) -> list[Picture]:
+    """Every picture that has something to show; curves and the comparison always."""
     from lab.reporting import plots_more
 
     names = {"tokens": "loss_curves", "iters": "loss_curves", "flops": "loss_by_flops", "seconds": "loss_by_time"}
-    for measure in drawn.measures or ["tokens"]:
-        yield from _picture(names[measure], 10, 5.6, partial(loss_curves, drawn=drawn, measure=measure))
     height = 1.7 + 0.34 * max(3, min(len(drawn.board.cells), drawing.ROWS))
-    yield from _picture("comparison", 10, height, partial(comparison, drawn=drawn))
-    for name, (width, tall, draw) in plots_more.several(drawn).items():
-        yield from _picture(name, width, tall, draw)
+    made = [
+        Picture(names[measure], 10, 5.6, partial(loss_curves, drawn=drawn, measure=measure))
+        for measure in drawn.measures or ["tokens"]
+    ]
+    made.append(Picture("comparison", 10, height, partial(comparison, drawn=drawn)))
+    return made + [Picture(name, *how) for name, how in plots_more.several(drawn).items()]
 
 
-def _picture(name: str, width: float, height: float, draw: Draw) -> Iterator[tuple[str, bytes]]:
+def files(picture: Picture) -> Iterator[tuple[str, bytes]]:
+    """A picture as PNG and SVG: names and contents."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -92,13 +104,17 @@ def _picture(name: str, width: float, height: float, draw: Draw) -> Iterator[tup
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         # Names that leave no room: the axes keep their usual size.
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        draw(figure)
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Creator": None, "Date": None})):
+        figure = Figure(figsize=(picture.width, picture.height), dpi=DPI, layout="constrained")
+        picture.draw(figure)
+        quick: Any = {"pil_kwargs": {"compress_level": 2}}
+        for kind, how in (
+            ("png", {"metadata": {"Software": None}, **quick}),
+            ("svg", {"metadata": {"Creator": None, "Date": None}}),
+        ):
             out = io.BytesIO()
-            figure.savefig(out, format=kind, dpi=DPI, metadata=metadata)
+            figure.savefig(out, format=kind, dpi=DPI, **how)
             figure.set_layout_engine("none")  # the places found for the first file serve the second
-            yield f"{name}.{kind}", out.getvalue()
+            yield f"{picture.name}.{kind}", out.getvalue()
 
 
 def plain_axes(figure: Figure) -> Axes:

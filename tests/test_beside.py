@@ -1,0 +1,160 @@
+"""The report's own processes, and work that is done by several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import ROOT, Lab
+
+from lab.beside import NoReport, Reporter
+from lab.packing import wanted
+from lab.plan import Slot
+from train_args import RunnerConfig
+
+
+@pytest.fixture(scope="module")
+def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A sweep that is done."""
+    lab = Lab(tmp_path_factory.mktemp("swept"), data)
+    assert lab.here() == 0
+    return lab
+
+
+def test_the_last_report_waits_to_be_told(swept: Lab) -> None:
+    reporter, page = Reporter(swept.folder), swept.folder / "report.html"
+    page.unlink()
+    reporter()
+    assert reporter.final is None, "trials wait for their places"
+    reporter(nearly_over=True)
+    process = reporter.final
+    assert process is not None and process.poll() is None and not page.exists()
+    reporter(nearly_over=True)
+    assert reporter.final is process
+    told = reporter.last()
+    assert page.is_file() and (swept.folder / "plots/comparison.svg").is_file()
+    assert told["counts"]["done"] == 2 and told["cells"] == 2 and str(page.resolve()) in told["text"]
+    reporter.close()
+
+
+def test_a_process_that_is_not_told_writes_nothing(swept: Lab) -> None:
+    page = swept.folder / "report.html"
+    page.write_text("old")
+    words = [sys.executable, "-m", "lab", "report", "--when-told", str(swept.folder)]
+    assert subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60).returncode == 0
+    reporter = Reporter(swept.folder)
+    reporter(nearly_over=True)
+    assert reporter.final is not None
+    reporter.close()
+    assert reporter.final.returncode == -9 and page.read_text() == "old"
+
+
+def test_a_report_that_cannot_be_written(swept: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoReport, match="is not the folder of a sweep"):
+        Reporter(swept.home).last()
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    reporter = Reporter(swept.folder)
+    reporter(nearly_over=True)  # which is a sweep's business at its end alone
+    with pytest.raises(NoReport, match="/no/such/python"):
+        reporter.last()
+
+
+def test_a_running_sweep_has_a_page(swept: Lab) -> None:
+    page = swept.folder / "report.html"
+    page.unlink(missing_ok=True)
+    reporter = Reporter(swept.folder, first=0)
+    reporter()
+    assert reporter.process is not None
+    reporter.process.wait()
+    assert "http-equiv" in page.read_text(), "it renews itself"
+    due = reporter.due
+    reporter()
+    assert reporter.process is None and reporter.due > due, "a process that took time makes the next one wait"
+    reporter.close()
+
+
+def test_a_metric_that_no_result_has_is_told_at_the_end(swept: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """A result of an older version may lack a field that this one knows."""
+    for label in swept.labels:
+        result = swept.result(label)
+        del result["tokens_per_second"]
+        (swept.run(label) / "result.json").write_text(json.dumps(result))
+    assert swept.here("sweep.objective.metric=tokens_per_second") == 1
+    out, err = capsys.readouterr()
+    assert "no report: sweep.objective.metric: no result has a field 'tokens_per_second'." in err
+    assert "Traceback" not in err and out.strip().endswith("2 done")
+
+
+# Several processes ----------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, sys, threading
+from pathlib import Path
+from lab import process
+process.cores = lambda: 3
+if "thread" in sys.argv:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+def act(i):
+    if "broken" in sys.argv and i == 4:
+        raise ValueError("four")
+    Path(f"{i}").write_text(str(os.getpid()))
+try:
+    process.side_by_side(range(6), act)
+except ValueError as error:
+    print(error)
+print(os.getpid())
+"""
+
+
+def shared(folder: Path, *words: str) -> tuple[list[str], list[set[int]]]:
+    """What the script says, and which pieces of work each process did."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, *words]
+    said = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    done: dict[str, set[int]] = {}
+    for i in range(6):
+        if (folder / str(i)).exists():
+            done.setdefault((folder / str(i)).read_text(), set()).add(i)
+    lines = said.stdout.split()
+    assert lines[-1] in done, "this process does its share"
+    return lines[:-1], sorted(done.values(), key=min)
+
+
+def test_work_is_shared_by_forks(tmp_path: Path) -> None:
+    assert shared(tmp_path) == ([], [{0, 3}, {1, 4}, {2, 5}])
+
+
+def test_the_error_of_a_fork_is_raised(tmp_path: Path) -> None:
+    said, done = shared(tmp_path, "broken")
+    assert said == ["four"]
+    assert {0, 1, 2, 3, 5} == set().union(*done), "what others had to do is done"
+
+
+def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:
+    assert shared(tmp_path, "thread") == ([], [{0, 1, 2, 3, 4, 5}])
+
+
+# Packs ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "meant"),
+    [
+        ({}, "cpu", "off"),
+        ({"warm": False}, "cpu", "auto"),
+        ({}, "cuda:0", "auto"),
+        ({"executor": "slurm"}, "auto", "off"),
+        ({"devices_per_trial": 2}, "cuda:0", "off"),
+        ({"pack": 4}, "cpu", 4),
+        ({"pack": 4, "executor": "slurm"}, "auto", 4),
+        ({"pack": 4, "devices_per_trial": 2}, "cpu", "off"),
+        ({"pack": "off", "warm": False}, "cpu", "off"),
+    ],
+)
+def test_what_auto_means(settings: dict[str, Any], device: str, meant: int | str) -> None:
+    assert wanted(RunnerConfig(**settings), [Slot(device, 1)]) == meant
