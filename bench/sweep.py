@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -173,14 +172,25 @@ def large(home: Path) -> dict[str, Any]:
     return made
 
 
+# What a process has in memory when it becomes another counts as that one's, so a small one starts it.
+MEASURE = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+seconds = time.perf_counter() - started
+print(json.dumps({"code": process.returncode, "seconds": round(seconds, 2), "megabytes": round(usage.ru_maxrss / 1024)}))
+"""
+
+
 def measured(words: Sequence[str], folder: Path) -> dict[str, float]:
     """Seconds of a process, and the largest memory that it itself had."""
-    started = time.perf_counter()
-    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, words
-    return {"seconds": round(time.perf_counter() - started, 2), "megabytes": round(usage.ru_maxrss / 1024)}
+    small = [sys.executable, "-S", "-c", MEASURE, *words]
+    told = json.loads(subprocess.run(small, cwd=folder, stdout=subprocess.PIPE, check=True).stdout)
+    assert told.pop("code") == 0, words
+    made: dict[str, float] = told
+    return made
 
 
 # Wall time ------------------------------------------------------------------------------------------------------------------
