@@ -21,12 +21,14 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
+from core.secrets import scrub
 from lab.process import REPOSITORY, begin, leave
 
 HEADER = struct.Struct("!II")  # bytes of the message, and how many open files come with it
@@ -225,6 +227,7 @@ class Forks:
 
     def __init__(self) -> None:
         self.control, theirs = socket.socketpair()
+        self.said: IO[bytes] | None = None
         self.process = self._launch(theirs)
         theirs.close()
         self.workers: dict[int, Worker] = {}
@@ -236,15 +239,25 @@ class Forks:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         begin(environment)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the process
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "lab.forks", str(theirs.fileno())],
             env=environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=self.said,
             start_new_session=True,
         )
+
+    @property
+    def last_words(self) -> str:
+        """The last line that the process has written, such as the error that ended it."""
+        if self.said is None or self.said.closed:
+            return ""
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").split("\n")
+        return next((scrub(line.strip()) for line in reversed(lines) if line.strip()), "")
 
     def worker(self, environment: dict[str, str]) -> Worker:
         """A new worker with these variables of its environment set. Jobs can be given at once."""
@@ -296,6 +309,8 @@ class Forks:
         """Waits for the process, which ends by itself; workers go on."""
         self.control.close()
         self.process.wait()
+        if self.said is not None:
+            self.said.close()
 
 
 # While the runner itself begins --------------------------------------------------------------------------------------------

@@ -111,3 +111,18 @@ def test_one_worker_trains_one_run_after_another(
     assert "no activation today" in (made[True].run("angry") / "attempt-1.log").read_text()
     peaks = [made[True].result(name)["peak_memory_bytes"] for name in ("plain", "again")]
     assert peaks[1] < peaks[0] * 1.5, "the peak is that of the run"
+
+
+def test_a_process_that_cannot_fork_says_why(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends before it can serve, as with a torch that is broken. Each run fails with the reason; none is left waiting."""
+    lab = Lab(tmp_path / "lab", data)
+    monkeypatch.chdir(lab.home)
+    broken = "import os, sys\nif 'lab.forks' in sys.orig_argv:\n    os.write(2, b'no torch here\\n')\n    os._exit(3)\n"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/sitecustomize.py").write_text(broken)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    assert lab.here() == 1
+    assert "no process could be started for it: no torch here" in capsys.readouterr().out
+    assert "no torch here" in lab.result("a")["error"] and lab.statuses() == ["failed", "failed"]

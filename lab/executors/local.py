@@ -236,4 +236,6 @@ def _why(trial: LocalTrial, code: int | None) -> str:
         return "nobody saw it end"
     if code is None:
         return ""
+    if isinstance(trial.process, Worker) and not trial.process.pid and (words := trial.process.forks.last_words):
+        return f"no process could be started for it: {words}"
     return f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code is {code}"
