@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from core.addresses import Pattern, Rule
 from core.options import Invalid, Variant, opt, said, variant
@@ -58,6 +60,12 @@ class ModelConfig:
     bias: bool = opt(True, "Whether linears and LayerNorms have a bias.")
     stack_layers: bool = opt(False, "Whether each weight of the blocks is one parameter for all layers.")
     tie_weights: bool = opt(True, "Whether the embedding and the head share one weight.")
+    embedding_scale: float | Literal["sqrt"] | None = opt(
+        None, "What embedded tokens are multiplied by; sqrt is the root of n_embd, null is 1.", gt=0.0, knob=True
+    )
+    logit_softcap: float | None = opt(
+        None, "Logits z become cap * tanh(z / cap), which stays within the cap; null means no cap.", gt=0.0, knob=True
+    )
     linear: Variant = variant("linear", "standard", "Linear maps inside the blocks.")
     embedding: Variant = variant("embedding", "standard", "The token embedding.")
     head: Variant = variant("head", "standard", "The linear map to the vocabulary.")
@@ -90,3 +98,8 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def embedding_factor(self) -> float | None:
+        """What embedded tokens are multiplied by, as a number."""
+        return math.sqrt(self.n_embd) if self.embedding_scale == "sqrt" else self.embedding_scale

@@ -21,18 +21,20 @@ from variations import CATALOGUE
 from variations.cache import Cache
 from variations.dropout import Dropout
 from variations.linear.standard import Linear
+from variations.scale import Scale, SoftCap
 from variations.site import Site
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Shapes: [B, T, C] -> the same."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), with no second norm where the MLP is none. Shapes: [B, T, C] -> the same."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         width = site.config.n_embd
         self.ln_1 = site.make("norm", "ln_1", width=width)
         self.attn = site.make("attention", "attn")
-        self.ln_2 = site.make("norm", "ln_2", width=width)
+        mlp, _ = site.at("mlp").find("mlp")
+        self.ln_2 = nn.Identity() if getattr(mlp, "absent", False) else site.make("norm", "ln_2", width=width)
         self.mlp = site.make("mlp", "mlp")
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -58,15 +60,18 @@ class GPT(nn.Module):
         self.wte = site.make("embedding", "wte", rows=config.vocab_size, width=config.n_embd)
         position, _ = site.at("wpe").find("position")
         self.wpe = site.make("position", "wpe", width=config.n_embd) if position.embeds else None
+        self.wte_scale = Scale(config.embedding_factor)
         self.drop = Dropout(config.dropout, "wte")
         self.h = nn.ModuleList(Block(site.at(f"h.{i}")) for i in range(config.n_layer))
         self.ln_f = site.make("norm", "ln_f", width=config.n_embd)
         shape = {"in_features": config.n_embd, "out_features": config.vocab_size, "bias": False, "role": "embedding"}
         self.head = site.make("head", "head", fallback="linear", **shape)
+        self.head_cap = SoftCap(config.logit_softcap)
         if config.tie_weights:
             self.tie(site)
         if unused := site.unused():
             raise Invalid(*unused)
+        self.switches = {n for m in self.modules() if (n := getattr(m, "switch", None)) is not None}  # of positions
         self.auxiliary: Tensor | None = None  # what modules added to the last training loss
         self.observed = {path: m for path, m in self.named_modules() if hasattr(m, "auxiliary_loss")}
 
@@ -96,19 +101,22 @@ class GPT(nn.Module):
         """tokens and targets int64 [B, T] -> logits [B, T, V] and the mean cross entropy in nats per token, if targets are given.
 
         In training, what modules add to the loss (balancing of experts) is in it. With a cache, tokens continue what it has
-        seen. Raises ValueError for more tokens than `block_size`.
+        seen. Raises ValueError for more tokens than `block_size`, and for a cache that is of no use for so many.
         """
         offset = cache.offset if cache is not None else 0
         if offset + tokens.shape[1] > self.config.block_size:
             given = f"{offset} cached and {tokens.shape[1]} new" if offset else f"{tokens.shape[1]}"
             raise ValueError(f"{given} tokens are more than model.block_size, which is {self.config.block_size}")
-        x = self.wte(tokens, cache)
+        if not self.continues(offset, tokens.shape[1]):
+            text = f"what is cached of {offset} tokens is turned otherwise in a text of {offset + tokens.shape[1]}"
+            raise ValueError(f"{text}: begin a new cache with the whole text")
+        x = self.wte_scale(self.wte(tokens, cache))
         if self.wpe is not None:
             x = self.wpe.embed(x, offset)
         x = self.drop(x)
         for block in self.h.layers() if isinstance(self.h, Stack) else self.h:
             x = block(x, cache)
-        logits = self.head(self.ln_f(x))
+        logits = self.head_cap(self.head(self.ln_f(x)))
         if cache is not None:
             cache.offset += tokens.shape[1]
         if targets is None:
@@ -119,6 +127,11 @@ class GPT(nn.Module):
             self.auxiliary = None if total is None else total.detach()
             loss = loss if total is None else loss + total
         return logits, loss
+
+    def continues(self, offset: int, count: int) -> bool:
+        """Whether `count` tokens can follow `offset` cached ones: within block_size, and with positions as they were turned."""
+        end = offset + count
+        return end <= self.config.block_size and not any(0 < offset <= n < end for n in self.switches)
 
     def added(self) -> Tensor | None:
         """What modules add to the loss of the last forward pass; of each run, where several are folded."""

@@ -46,19 +46,27 @@ def load(folder: Path, device: torch.device, plugins: bool) -> tuple[GPT, Tokeni
 
 @torch.no_grad()
 def generate(
-    model: GPT, tokens: Tensor, count: int, *, temperature: float, top_k: int | None, generator: torch.Generator
+    model: GPT,
+    tokens: Tensor,
+    count: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+    vocabulary: int | None = None,
 ) -> Iterator[int]:
     """Continues `tokens` int64 [1, T] by `count` tokens, one at a time, each seen by the next.
 
     The context is the last block_size tokens. While all of them fit, earlier ones are remembered and not computed again; after
-    that the window slides and every position changes, so it is computed anew. Temperature 0 takes the likeliest token.
+    that the window slides and every position changes, so it is computed anew, as where positions depend on the text's length.
+    Temperature 0 takes the likeliest token. vocabulary: only tokens below it are taken; a model may have more than its tokenizer.
     """
     block, cache = model.config.block_size, Cache()
     fresh = tokens[:, -block:]
     for _ in range(count):
-        if cache.offset + fresh.shape[1] > block:
+        if not model.continues(cache.offset, fresh.shape[1]):
             cache, fresh = Cache(), tokens[:, -block:]
-        logits = model(fresh, cache=cache)[0][:, -1].float()
+        logits = model(fresh, cache=cache)[0][:, -1].float()[:, :vocabulary]
         if temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
@@ -112,7 +120,13 @@ def main(words: list[str]) -> int:
     for number in range(given.samples):
         ids = [*start[0].tolist()] if given.prompt else []
         more = generate(
-            model, start, given.tokens, temperature=given.temperature, top_k=given.top_k, generator=generator
+            model,
+            start,
+            given.tokens,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            generator=generator,
+            vocabulary=tokenizer.vocab_size,
         )
         print(tokenizer.decode([*ids, *more]) + ("\n---" if number + 1 < given.samples else ""))
     return 0

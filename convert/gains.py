@@ -40,17 +40,19 @@ def fold_gains(model: GPT) -> list[str]:
         raise ValueError("The model has adapters, which read the norms too: merge them first.")
     folded = []
     for path, norm, linears in readers(model):
-        gain: Tensor | None = getattr(norm, "weight", None)
+        weight: Tensor | None = getattr(norm, "weight", None)
         shift: Tensor | None = getattr(norm, "bias", None)
-        if gain is None or any(linear.weight is model.wte.weight for linear in linears):
+        if weight is None or any(linear.weight is model.wte.weight for linear in linears):
             continue
+        offset: float = getattr(norm, "offset", 0.0)  # a gain may be 1 + weight
+        gain = weight + offset
         for linear in linears:
             if shift is not None and shift.any():
                 if linear.bias is None:
                     raise ValueError(f"{path} has a bias, and the linear behind it has none that could take it.")
                 linear.bias.add_(linear.effective() @ shift)
             linear.weight.mul_(gain)
-        gain.fill_(1.0)
+        weight.fill_(1.0 - offset)
         if shift is not None:
             shift.zero_()
         folded.append(path)

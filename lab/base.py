@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from core.compose import BASE, Setting
+from core.compose import BASE, Setting, path_in
 from core.options import Mistake, Path, key_of, nearest
 from core.weights import weights
-from core.yaml_files import SUFFIXES, ConfigError, shown
+from core.yaml_files import HUGGING_FACE, SUFFIXES, ConfigError, shown
 from engine.base import damage, digest, newest, shapes, unfit
 from gpt_conf import ModelConfig
 from lab.store import read_result
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 PLACES = "A path is looked for beside the file, then in the current folder, then in explorations/."
 
+DOWNLOAD = "hf: is followed by a folder in Hugging Face's format, such as `hf download NAME --local-dir FOLDER` makes."
+
 
 class Unusable(ValueError):
     """Nothing can start from what `train.init_from` names. `mistakes` says why: one there, and those of the base's own file."""
 
     def __init__(self, text: str, advice: str = "", others: Sequence[str] = ()) -> None:
         super().__init__(text)
+        self.advice = advice
         # Sentences of others are whole: they have no path, and so no second place.
         self.mistakes = [Mistake(BASE, text, advice), *(Mistake((), told.removesuffix(".")) for told in others)]
 
@@ -39,15 +42,17 @@ class Unusable(ValueError):
 class Base:
     """What `train.init_from` names: a run folder, or a file that stands for one run.
 
-    `path` is what was named and `folder` the run folder that holds the weights, or will, both absolute. `content` goes into the
-    identity of runs that start from it; `tensors` has its names and shapes, without memory. A file has its `listing`.
+    `path` is what was named and `folder` the folder that holds the weights, or will, both absolute. `content` goes into the
+    identity of runs that start from it; `misfit(model)` says in words why a model cannot, from names and shapes alone, or
+    nothing. A file has its `listing`. prefix: 'hf:' before a folder in Hugging Face's format.
     """
 
     path: File
     folder: File
     content: str
-    tensors: Mapping[str, Tensor]
+    misfit: Callable[[ModelConfig], str]
     listing: Listing | None = None
+    prefix: str = ""
 
     @property
     def status(self) -> str | None:
@@ -57,6 +62,8 @@ class Base:
     @property
     def ready(self) -> bool:
         """Whether a run can start from it now."""
+        if self.prefix:
+            return True
         return newest(self.folder) is not None and (self.listing is None or self.status == "done")
 
 
@@ -71,18 +78,19 @@ class Bases:
         self, folders: Sequence[File], listed: Callable[[File], Listing], trail: tuple[File, ...] = ()
     ) -> None:
         self.folders, self.listed, self.trail = folders, listed, trail
-        self._found: dict[File, Base | Unusable] = {}
+        self._found: dict[tuple[str, File], Base | Unusable] = {}
         self._unfit: dict[Any, str] = {}
 
     def find(self, named: str) -> Base:
         """The base that a configuration names. Raises Unusable."""
-        path = self._path(named)
-        if path not in self._found:
+        prefix = HUGGING_FACE if named.startswith(HUGGING_FACE) else ""
+        path = located(named.removeprefix(prefix), self.folders, DOWNLOAD if prefix else PLACES)
+        if (prefix, path) not in self._found:
             try:
-                self._found[path] = self._open(path)
+                self._found[prefix, path] = _of_hugging_face(path) if prefix else self._open(path)
             except Unusable as error:
-                self._found[path] = error
-        found = self._found[path]
+                self._found[prefix, path] = error
+        found = self._found[prefix, path]
         if isinstance(found, Unusable):
             raise found
         return found
@@ -95,18 +103,11 @@ class Bases:
             return error.mistakes
         if model is None:
             return []
-        key = (base.path, key_of(model))
+        key = (base.prefix, base.path, key_of(model))
         if key not in self._unfit:
-            self._unfit[key] = unfit(weights(GPT(model)), base.tensors)
+            self._unfit[key] = base.misfit(model)
         why = self._unfit[key]
         return [Mistake(BASE, f"the run cannot start from '{shown(base.path)}': {why}")] if why else []
-
-    def _path(self, named: str) -> File:
-        for folder in self.folders:
-            if os.path.exists(folder / named):
-                return (folder / named).resolve()
-        known = {name for folder in self.folders for name in _names_like(folder, File(named))}
-        raise Unusable(f"there is no '{shown(self.folders[0] / named)}'", f"{nearest(named, known)} {PLACES}")
 
     def _open(self, path: File) -> Base:
         if path.is_dir():
@@ -126,7 +127,16 @@ class Bases:
         (run,) = listing.runs
         config = with_vocabulary(run.config, listing.reader.corpus(run.config.data).meta.vocab_size)
         model, _ = assemble(config.model, config.slices, config.optimizer)
-        return Base(path, listing.path(run).resolve(), run.hash, weights(model), listing)
+        return Base(path, listing.path(run).resolve(), run.hash, _against(weights(model)), listing)
+
+
+def located(named: str, folders: Sequence[File], advice: str = DOWNLOAD) -> File:
+    """The absolute path of what is named, in the first of `folders` that has it. Raises Unusable."""
+    for folder in folders:
+        if os.path.exists(folder / named):
+            return (folder / named).resolve()
+    known = {name for folder in folders for name in _names_like(folder, File(named))}
+    raise Unusable(f"there is no '{shown(folders[0] / named)}'", f"{nearest(named, known)} {advice}")
 
 
 def _of_folder(folder: File) -> Base:
@@ -139,7 +149,28 @@ def _of_folder(folder: File) -> Base:
     saved = newest(folder)
     if saved is None:
         raise Unusable(f"the run '{shown(folder)}' has no checkpoint", "Train it first.")
-    return Base(folder, folder, digest(saved), shapes(saved))
+    return Base(folder, folder, digest(saved), _against(shapes(saved)))
+
+
+def _against(tensors: Mapping[str, Tensor]) -> Callable[[ModelConfig], str]:
+    return lambda model: unfit(weights(GPT(model)), tensors)
+
+
+def _of_hugging_face(folder: File) -> Base:
+    from convert import huggingface
+
+    def misfit(model: ModelConfig) -> str:
+        try:
+            huggingface.mapped(folder, model)
+        except ValueError as error:
+            return f"{' '.join(str(error).splitlines()).removesuffix('.')}"
+        return ""
+
+    try:
+        huggingface.model_node(folder)
+        return Base(folder, folder, huggingface.digest(folder), misfit, prefix=HUGGING_FACE)
+    except ValueError as error:
+        raise Unusable(f"'{shown(folder)}' cannot be used: {str(error).removesuffix('.')}") from None
 
 
 def _names_like(folder: File, wanted: File) -> list[str]:
@@ -157,13 +188,15 @@ def _status(folder: File) -> str | None:
 
 
 def relative_to(folder: File, settings: Sequence[Setting]) -> list[Setting]:
-    """The command line's settings, whose paths of bases are relative to the current folder, with paths relative to `folder`."""
+    """The command line's settings, whose paths are relative to the current folder, with paths relative to `folder`."""
 
     def said(path: Path, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: said((*path, k), v) for k, v in value.items()}
-        moves = path == BASE and isinstance(value, str) and value and "${" not in value
-        return os.path.relpath(value, folder) if moves and not value.startswith(("hf:", "/")) else value
+        held = path_in(path, value)
+        if held is None or "${" in value or held[1].startswith("/"):
+            return value
+        return f"{held[0]}{os.path.relpath(held[1], folder)}"
 
     return [replace(s, values=tuple(said(s.path, value) for value in s.values)) for s in settings]
 
@@ -200,6 +233,10 @@ def content_now(config: Config, folder: File) -> dict[str, str]:
     base = config.run.base
     if not base or newest(folder) is not None:
         return {}
+    if base.startswith(HUGGING_FACE):
+        from convert import huggingface
+
+        return {"init_from": huggingface.digest(File(base.removeprefix(HUGGING_FACE)))}
     saved, of_file = newest(File(base)), config.train.init_from != base
     if saved is None or (of_file and _status(File(base)) != "done"):
         raise ConfigError(f"{folder}: it starts from {base}, which holds no finished run. Run the sweep's file again.")

@@ -88,7 +88,7 @@ class Campaign:
             search = cell.searched.search
             count += (search.trials - len(cell.trials)) * len(cell.searched.seeds)
             if search.confirm and cell.confirmed is None:
-                count += search.confirm.top * search.confirm.seeds
+                count += (search.confirm.top + len(cell.searched.work.baselines)) * search.confirm.seeds
         return count
 
     def more(self, result_of: ResultOf) -> list[Run]:
@@ -168,7 +168,8 @@ class Campaign:
         return told
 
     def _confirm(self, cell: _Cell, result_of: ResultOf) -> int:
-        """Lists the best suggestions on fresh seeds, once all suggestions have ended. Returns how many runs."""
+        """Lists the best suggestions on fresh seeds, once all suggestions have ended, and what the sweep compares with on the
+        same seeds. Returns how many runs."""
         confirm = cell.searched.search.confirm
         if confirm is None or cell.confirmed is not None or len(cell.trials) < cell.searched.search.trials:
             return 0
@@ -176,8 +177,11 @@ class Campaign:
             if self._told(cell, number, result_of).state == "running" or trial.told is None:
                 return 0
         seeds = range(self.fresh, self.fresh + confirm.seeds)
-        best = self._best(cell)[: confirm.top]
-        cell.confirmed = tuple(made for told in best for made in cell.searched.add(told.values, seeds)[0])
+        best, work = self._best(cell)[: confirm.top], cell.searched.work
+        made = [run for told in best for run in cell.searched.add(told.values, seeds)[0]]
+        if made:
+            made += [run for point in work.baselines.values() for run in work.read(point, "grid", seeds)]
+        cell.confirmed = tuple(made)
         return len(cell.confirmed)
 
     def _best(self, cell: _Cell) -> list[Told]:

@@ -170,6 +170,7 @@ class Expander:
         self.runs: dict[str, Run] = {}
         self.names: dict[str, str] = {}  # of cells, by their hash
         self.taken: set[str] = set()
+        self.baselines: dict[tuple[Any, ...], Point] = {}  # what the sweep compares with, of what the file lists
         self.kept: dict[tuple[Any, ...], bool] = {}
         self.fresh: dict[tuple[Any, ...], bool] = {}
         self.searches: dict[str, Searched] = {}
@@ -271,6 +272,8 @@ class Expander:
             if any(word == "exclude" for word, _ in hits):
                 continue
             self.kept[point.ident] = True
+            if hits and phase == "grid":
+                self.baselines.setdefault(point.ident, point)
             config = self.config(point, tree)
             if config is None:
                 self.fresh[point.ident] = True

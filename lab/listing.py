@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path as File
 from typing import Any
 
-from core.compose import Composed, compose, parse_overrides
+from core.compose import TOKENIZER, Composed, compose, parse_overrides, path_in
 from core.options import Mistake, Path, nearest, plain
 from core.yaml_files import SUFFIXES, ConfigError, load_file, shown
 from engine.corpus import DATA
 from engine.data import Corpus, settle, stage_corpus
 from lab.axes import SweepError
-from lab.base import Bases, content_now, relative_to
+from lab.base import Bases, Unusable, content_now, located, relative_to
 from lab.campaign import Campaign
 from lab.expand import Expansion, Run, expand
 from lab.naming import told
@@ -33,13 +33,24 @@ LABEL = 60
 MOST_MISTAKES = 100
 
 
-def corpus_of(data: DataConfig) -> Corpus:
-    """The corpus of a data section, staged where it is not there yet. Raises ValueError where it cannot be."""
-    return stage_corpus(data.dataset, data.tokenizer, File(data.root) if data.root else DATA)
+def corpus_of(data: DataConfig, folders: Sequence[File] = (File(),)) -> Corpus:
+    """The corpus of a data section, staged where it is not there yet. Raises ValueError where it cannot be.
+
+    folders: where a tokenizer's folder is looked for.
+    """
+    tokenizer = data.tokenizer
+    if held := path_in(TOKENIZER, tokenizer):
+        try:
+            tokenizer = f"{held[0]}{located(held[1], folders)}"
+        except Unusable as error:
+            raise ValueError(f"data.tokenizer: {error}. {error.advice}") from None
+    return stage_corpus(data.dataset, tokenizer, File(data.root) if data.root else DATA)
 
 
-def new_reader(plugins: dict[str, str], bases: Bases | None = None) -> ConfigReader:
-    return ConfigReader(CATALOGUE, corpus_of, GPT, plugins, bases)
+def new_reader(
+    plugins: dict[str, str], bases: Bases | None = None, folders: Sequence[File] = (File(),)
+) -> ConfigReader:
+    return ConfigReader(CATALOGUE, partial(corpus_of, folders=folders), GPT, plugins, bases)
 
 
 @dataclass
@@ -121,7 +132,7 @@ class Listing:
         """What a run's config.yaml says of its place in the sweep."""
         base = self.reader.base(run.config)
         changed = {k: plain(v) for k, v in run.changed.items()}
-        folder = str(base.folder) if base else ""
+        folder = f"{base.prefix}{base.folder}" if base else ""
         sweep = self.expansion.sweep
         stopping = sweep.stop if run.phase != "confirm" else None
         stop = {**asdict(stopping), "mode": sweep.objective["mode"]} if stopping else {}
@@ -159,7 +170,7 @@ def open_listing(file: File | None, words: Sequence[str], trail: tuple[File, ...
     here = [setting.word for setting in settings if not setting.axis and _is_of_the_machine(setting.path)]
     folders = (composed.folder, File.cwd(), LIBRARY)
     bases = Bases(folders, lambda other: open_listing(other, here, (*trail, other)), trail)
-    reader = new_reader(plugins, bases)
+    reader = new_reader(plugins, bases, folders)
     sweep, mistakes = _read_sweep(tree, composed, file) if swept else (Sweep(), [])
     expansion, found = expand(base, sweep, pins, reader, lambda t, path: default_value(CATALOGUE, t, path))
     # What a sweep says in vain follows from what is wrong in it, and is told once that is mended.

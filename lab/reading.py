@@ -34,6 +34,7 @@ from core.resolve import Resolver
 from core.rules import RuleMistakes, SliceRule
 from core.slices import slices
 from core.yaml_files import ConfigError, shown
+from engine.hf_tokenizer import is_checkpoint
 from gpt_conf import KINDS, ModelConfig
 from lab.base import Base, Bases
 from model import GPT, assemble
@@ -80,8 +81,10 @@ class ConfigReader:
         found = [m for m in found if not (broken and has_references(get(given, m.path)))]
         if config is None or found or broken:
             return None, broken + found
+        if is_checkpoint(config.data.tokenizer):
+            config = replace(config, data=self._once("named", config.data, self._named))
         if base := self.base(config):
-            config = replace(config, train=replace(config.train, init_from=str(base.path)))
+            config = replace(config, train=replace(config.train, init_from=f"{base.prefix}{base.path}"))
         return config, []
 
     def refers(self, tree: Mapping[str, Any]) -> bool:
@@ -123,6 +126,13 @@ class ConfigReader:
         if isinstance(self._corpora[data], Exception):
             raise self._corpora[data]
         return self._corpora[data]
+
+    def _named(self, data: DataConfig) -> DataConfig:
+        """A data section with the tokenizer's own name in place of the folder that holds it; the corpus is the same."""
+        corpus = self.corpus(data)
+        named = replace(data, tokenizer=corpus.folder.name)
+        self._corpora.setdefault(named, corpus)
+        return named
 
     def _check(self, config: Config | None, tree: Mapping[str, Any]) -> list[Mistake]:
         """What only the data and the assembled model can tell. Sections are checked also where others hold mistakes."""

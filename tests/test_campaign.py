@@ -254,6 +254,32 @@ def test_the_best_are_confirmed_on_fresh_seeds(desk: Desk, mode: str, metric: st
         assert sorted(run.seed for run in confirmed) == [1339, 1339, 1340, 1340, 1341, 1341]
 
 
+def test_the_baseline_has_the_fresh_seeds_too(desk: Desk) -> None:
+    """Else what is confirmed could not be compared with it seed by seed. It stays what the file lists."""
+    listing = desk.listed(
+        """
+        sweep:
+          cases: {plain: {set: {optimizer.learning_rate: 9.0e-4}}, searched: {}}
+          search: {method: tpe, trials: 4, over: {optimizer.learning_rate: {log: [1.0e-4, 1.0e-2]}}, confirm: {top: 2, seeds: 3}}
+          baseline: {case: plain}
+          seeds: 2
+        """
+    )
+    assert len(listing.runs) + listing.more_to_come == 2 + 4 * 2 + (2 + 1) * 3
+    shop = Workshop(listing)
+    shop.finish()
+    assert listing.more_to_come == 0
+    baseline = [run for run in listing.runs if run.baseline]
+    assert [run.seed for run in baseline] == [1337, 1338, 1339, 1340, 1341]
+    assert {run.phase for run in baseline} == {"grid"} and len({run.cell_hash for run in baseline}) == 1
+    confirmed = [run for run in listing.runs if run.phase == "confirm"]
+    assert {run.seed for run in confirmed} == {1339, 1340, 1341} and len({run.cell_hash for run in confirmed}) == 2
+    again = desk.listed(desk.folder.joinpath("x.yaml").read_text())
+    second = Workshop(again, lambda run: shop.results[run.hash])
+    second.finish()
+    assert [run.hash for run in again.runs] == [run.hash for run in listing.runs], "in any process"
+
+
 def test_where_everything_failed_nothing_is_confirmed(desk: Desk) -> None:
     listing = desk.listed(TEXT)
     Workshop(listing, lambda run: {"status": "failed"}).finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ class Mamba2(nn.Module):
     Source: Dao and Gu, arXiv 2405.21060; names and order of the parts as in Hugging Face's Mamba2.
     Shapes: [B, T, C] -> the same; in_proj fused as rows [z; x; B; C; dt] of I, I, G*N, G*N, H, where I = expand * C;
         state [B, H, I/H, N].
-    Raises: ValueError where head_dim does not divide I, or the groups not the heads.
+    Raises: ValueError where head_dim or norm_groups do not divide I, or the groups not the heads.
 
     The state is float32 under autocast. Generation keeps it and the convolution's last inputs, however many tokens were seen.
     """
@@ -170,6 +171,9 @@ class Mamba2(nn.Module):
         head_dim: int | None = opt(None, "Width of a head; null means the largest of 64, 32, 16 ... that fits.", ge=1)
         d_state: int = opt(64, "Numbers of state for each inner channel.", ge=1)
         groups: int = opt(1, "Groups of heads that share B and C.", ge=1)
+        norm_groups: int = opt(1, "Groups of inner channels whose mean square the output's norm takes apart.", ge=1)
+        proj_bias: bool = opt(False, "Whether in_proj and out_proj have a bias.")
+        conv_bias: bool = opt(True, "Whether the convolution has a bias.")
 
     A_log: nn.Parameter
     dt_bias: nn.Parameter
@@ -186,18 +190,23 @@ class Mamba2(nn.Module):
             raise ValueError(f"head_dim {self.width} does not divide the inner width {self.inner}, expand * n_embd")
         if self.heads % self.groups:
             raise ValueError(f"{self.groups} groups do not divide {self.heads} heads of width {self.width}")
+        self.norm_groups = options.norm_groups
+        if self.inner % self.norm_groups:
+            raise ValueError(
+                f"norm_groups {self.norm_groups} do not divide the inner width {self.inner}, expand * n_embd"
+            )
         shared = self.groups * self.state
         mixed = (("x", self.inner), ("B", shared), ("C", shared))
         parts = (("z", self.inner), *mixed, ("dt", self.heads))
         rows = sum(n for _, n in parts)
-        self.in_proj = site.make("linear", "in_proj", in_features=c.n_embd, out_features=rows, parts=parts, bias=False)
-        self.conv1d = ShortConv(mixed, options.d_conv, bias=True)
+        shape: dict[str, Any] = {"in_features": c.n_embd, "out_features": rows, "parts": parts}
+        self.in_proj = site.make("linear", "in_proj", bias=options.proj_bias, **shape)
+        self.conv1d = ShortConv(mixed, options.d_conv, options.conv_bias)
         declare_steps(self, self.heads, options)
         declare(self, "D", (self.heads,), Declaration(Layout(), "vector", ONES))
         self.norm = RMSNorm(RMSNorm.Options(eps=options.norm_eps), site.at("norm"), width=self.inner)
-        self.out_proj = site.make(
-            "linear", "out_proj", in_features=self.inner, out_features=c.n_embd, bias=False, residual=True
-        )
+        shape = {"in_features": self.inner, "out_features": c.n_embd, "residual": True}
+        self.out_proj = site.make("linear", "out_proj", bias=options.proj_bias, **shape)
         self.drop = Dropout(c.dropout, site.path)
 
     def forward(self, u: Tensor, cache: Cache | None = None) -> Tensor:
@@ -207,7 +216,16 @@ class Mamba2(nn.Module):
         y, state = self.mix(F.silu(x), dt, state)
         if cache is not None:
             cache.states[self.path] = (past, state)
-        return self.drop(self.out_proj(self.norm(y * F.silu(z))))
+        return self.drop(self.out_proj(self.normed(y * F.silu(z))))
+
+    def normed(self, y: Tensor) -> Tensor:
+        """The output's norm [B, T, I]; each group of channels by its own mean square, with one gain over all of them."""
+        if self.norm_groups == 1:
+            made: Tensor = self.norm(y)
+            return made
+        gain: Any = self.norm.weight
+        apart = y.to(gain.dtype).unflatten(-1, (self.norm_groups, -1))
+        return F.rms_norm(apart, apart.shape[-1:], None, self.norm.eps).flatten(-2) * gain
 
     def mix(self, x: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """x, B and C after the convolution [B, T, I + 2 G N], dt [B, T, H], the state before -> y [B, T, I], the state after."""

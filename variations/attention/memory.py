@@ -33,9 +33,9 @@ class MemoryAttention(CausalAttention):
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__(options, site)
         width, rows = site.config.n_embd, self.kv_heads * self.width
-        self.slots, self.kv_rows = options.slots, 2 * rows
+        self.unmasked, self.kv_rows = options.slots, 2 * rows
         unit = Normal(Spread(std=1.0))  # of the size of what qkv reads, which was normalised
-        declare(self, "memory", (self.slots, width), Declaration(Layout(dim=-2), "embedding", unit))
+        declare(self, "memory", (self.unmasked, width), Declaration(Layout(dim=-2), "embedding", unit))
         parts = (("k", rows), ("v", rows))
         self.kv = site.make(
             "linear", "kv", in_features=width, out_features=self.kv_rows, parts=parts, blocks=(-2, self.width)
@@ -50,5 +50,6 @@ class MemoryAttention(CausalAttention):
         return super().attend(q, k, v)
 
     def flops_per_token(self, t: int) -> int:
-        """As causal attention over M + t positions, less `kv`: it counts as a linear, but reads M slots for all tokens together."""
-        return super().flops_per_token(t + self.slots) - 2 * self.memory.shape[1] * self.kv_rows
+        """As causal attention, of the M slots too, less `kv`: it counts as a linear, but reads them for all tokens together."""
+        slots = 4 * self.heads * self.width * self.unmasked
+        return super().flops_per_token(t) + slots - 2 * self.memory.shape[1] * self.kv_rows

@@ -16,10 +16,12 @@ class NoPosition(nn.Module):
     Shapes: embed [B, T, C] -> the same; rotate [B, H, T, D] -> the same.
 
     `embeds`: whether one instance at the place `wpe` changes the embeddings. Otherwise every attention has one and rotates with it.
+    `switch`: the longest text before every position, also of the tokens before, is turned otherwise; None where none is.
     """
 
     Options: type = NoOptions
     embeds = False
+    switch: int | None = None
 
     def __init__(self, options: Any, site: Site, *, width: int) -> None:
         super().__init__()
