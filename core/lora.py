@@ -215,15 +215,26 @@ def effective(linear: Any) -> Tensor:
     return made
 
 
+def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all adapters by their addresses. Of several on one part, as for some experts each, all but the first keep
+    their names in the model, which have a number."""
+    made: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            address = spelled(name, ())[2]
+            made[name if address in made else address] = parameter
+    return made
+
+
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of all adapters by their addresses, such as `h.0.attn.qkv[q].lora_a`: what is saved alone."""
-    return {spelled(n, ())[2]: p.detach().clone() for n, p in model.named_parameters() if is_adapter(n)}
+    return {address: p.detach().clone() for address, p in _adapters(model).items()}
 
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Fills the adapters of a model. Raises ValueError that lists what is missing, left over, or of another shape."""
-    own = {spelled(n, ())[2]: p for n, p in model.named_parameters() if is_adapter(n)}
+    own = _adapters(model)
     compare(own, saved, "adapters are")
     for address, parameter in own.items():
         parameter.copy_(saved[address])

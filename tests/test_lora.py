@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import convert.__main__
+import convert.places
 import sample
 import train
 from core.addresses import is_adapter
@@ -242,6 +243,23 @@ def test_rules_about_adapters_hold_of_them_and_others_pass_them_by() -> None:
         usual = oracle.initial_kaiming(7, f"h.{layer}.attn.qkv[v].lora_a", (4, 16)) / 3**0.5
         torch.testing.assert_close(saved[f"h.{layer}.attn.qkv[v].lora_a"], usual, rtol=1e-6, atol=0)
         assert not saved[f"h.{layer}.attn.qkv[v].lora_b"].any()
+
+
+def test_several_adapters_of_one_part_are_saved_apart() -> None:
+    """Experts with adapters of their own have these on one weight."""
+    node = {"variant": "moe", "experts": 3, "top_k": 2, "width": 8}
+    rules = {
+        "one": {"match": "h.*.mlp.down[2]", "lora": {"rank": 2}},
+        "others": {"match": "h.*.mlp.down[0,1]", "lora": {"rank": 3}},
+    }
+    model, _ = made(7, mlp=node, slices=rules)
+    saved = adapter_weights(model)
+    count = sum(1 for name, _ in model.named_parameters() if is_adapter(name))
+    assert len(saved) == count == 2 * 2 * 2
+    assert sorted(len(t) for name, t in saved.items() if "h.0" in name) == [1, 1, 2, 2], "by their experts"
+    other, _ = made(8, mlp=node, slices=rules)
+    load_adapters(other, saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter_weights(other).items())
 
 
 # The start and the training --------------------------------------------------------------------------------------------------
@@ -535,7 +553,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_exported_merged_and_its_adapters_alone(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model: Any = convert.__main__.load(run_folder)
+    model: Any = convert.places.load(run_folder)
     assert convert.__main__.main(["adapters", str(run_folder), str(tmp_path / "alone")]) == 0
     alone = load_file(tmp_path / "alone")
     assert "18 tensors" in capsys.readouterr().out
