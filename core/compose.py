@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.options import Path, nearest
 from core.secrets import exposed, secrets
-from core.yaml_files import SUFFIXES, ConfigError, Loaded, load_file, shown
+from core.yaml_files import HUGGING_FACE, SUFFIXES, ConfigError, Loaded, load_file, shown
 
 PRIMARY = "__primary__"
 ORDERED_TABLES: tuple[Path, ...] = (
@@ -41,7 +41,9 @@ TABLES: tuple[Path, ...] = (
     ("sweep", "groups"),
     ("sweep", "cases"),
 )  # an entry set to null is removed
-BASE: Path = ("train", "init_from")  # its path, as those of plugins, is relative to the file that says it
+BASE: Path = ("train", "init_from")
+TOKENIZER: Path = ("data", "tokenizer")
+PATHS = (BASE, TOKENIZER)  # what holds a path, which, as those of plugins, is relative to the file that says it
 COMMAND_LINE = "command line"
 MAX_LOADS = 500
 
@@ -239,7 +241,7 @@ def _add(composed: Composed, loaded: Loaded, package: str, primary: bool) -> Non
     for key in reversed(prefix):
         tree = {key: tree}
     if not primary:  # the primary file's folder is the first in which a path is looked for
-        tree = _base_from(tree, loaded)
+        tree = _paths_from(tree, loaded)
     if prefix and not primary:
         composed.packages.add(prefix[0])
     composed.tree = merge(composed.tree, tree)
@@ -255,12 +257,24 @@ def _plugins_from(tree: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
     return {**tree, "plugins": [str(folder / name) if isinstance(name, str) else name for name in given]}
 
 
-def _base_from(tree: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
-    """The tree with the path of `train.init_from` made absolute where it is relative to the file."""
-    named = get(tree, BASE)
-    if not isinstance(named, str) or loaded.folder is None or not os.path.exists(loaded.folder / named):
-        return tree
-    return dict(_replace(tree, BASE, str(loaded.folder / named)))
+def path_in(key: Path, value: Any) -> tuple[str, str] | None:
+    """The prefix, 'hf:' or none, and the path that a value of a key holds; None where it holds none.
+
+    A tokenizer is a path after the prefix alone: else it is a name.
+    """
+    if key not in PATHS or not isinstance(value, str) or not value:
+        return None
+    prefix = HUGGING_FACE if value.startswith(HUGGING_FACE) else ""
+    return (prefix, value.removeprefix(prefix)) if prefix or key != TOKENIZER else None
+
+
+def _paths_from(tree: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """The tree with the paths of `PATHS` made absolute where they are relative to the file."""
+    for key in PATHS:
+        held = path_in(key, get(tree, key))
+        if held and loaded.folder and os.path.exists(place := loaded.folder / held[1]):
+            tree = dict(_replace(tree, key, f"{held[0]}{place}"))
+    return tree
 
 
 def _defaults_sentence(error: BaseException, files: Mapping[str, Loaded], folders: Sequence[_Folder]) -> str:

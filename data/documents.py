@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from data.preparing import Progress, announce, arguments, check_name, fraction
+from data.preparing import Progress, announce, arguments, check_name, checkpoint_tokenizer, fraction
 from engine.corpus import FileTokenizer, write_corpus
+from engine.hf_tokenizer import is_checkpoint
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 PACKED = (".gz", ".zst", ".xz", ".bz2")
@@ -100,8 +101,17 @@ def texts(rows: Iterable[dict[str, Any]], column: str) -> Iterator[str]:
 
 
 def load_bpe(args: argparse.Namespace) -> FileTokenizer:
-    """The tokenizer from `--tokenizer-file`, or one of `FETCHED`. Raises ValueError if it has no end-of-text token."""
-    if args.tokenizer_file:
+    """The tokenizer of a checkpoint, of `--tokenizer-file`, or one of `FETCHED`.
+
+    Raises ValueError if it has no end-of-text token.
+    """
+    if is_checkpoint(args.tokenizer):
+        if args.tokenizer_file:
+            raise ValueError(
+                f"--tokenizer-file: --tokenizer {args.tokenizer} names a file already. Leave one of them out."
+            )
+        tokenizer = checkpoint_tokenizer(args.tokenizer)
+    elif args.tokenizer_file:
         tokenizer = FileTokenizer(args.tokenizer_file.read_text(encoding="utf-8"), args.tokenizer)
     elif args.tokenizer not in FETCHED:
         known = ", ".join(FETCHED)
@@ -157,7 +167,8 @@ def options(hub: Hub, doc: str | None, tokenizers: tuple[str, ...]) -> argparse.
 def prepare(hub: Hub, doc: str | None, tokenizers: tuple[str, ...]) -> None:
     """The whole of a prepare script."""
     args = options(hub, doc, tokenizers)
-    check_name("--tokenizer", args.tokenizer)
+    if not is_checkpoint(args.tokenizer):
+        check_name("--tokenizer", args.tokenizer)
     rows, tokenizer, progress = stream(hub, args), load_bpe(args), Progress("documents")
     documents = islice(texts(rows, args.column), args.max_documents)
 
@@ -166,6 +177,6 @@ def prepare(hub: Hub, doc: str | None, tokenizers: tuple[str, ...]) -> None:
         part = f", {args.subset}" if args.subset and not args.input else ""
         return f"{progress.units} documents of {where}{part}."
 
-    folder = args.out / hub.dataset / args.tokenizer
+    folder = args.out / hub.dataset / tokenizer.name
     done = chunks(documents, tokenizer, args.val_fraction, progress)
     announce(folder, write_corpus(folder, done, dataset=hub.dataset, tokenizer=tokenizer, source=source))

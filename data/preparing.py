@@ -13,18 +13,39 @@ from typing import NoReturn
 
 import numpy as np
 
-from engine.corpus import DATA, SPLITS, ByteTokenizer, CharTokenizer, Chunks, Meta, Tokenizer, is_name, write_corpus
+from engine.corpus import (
+    DATA,
+    SPLITS,
+    ByteTokenizer,
+    CharTokenizer,
+    Chunks,
+    FileTokenizer,
+    Meta,
+    Tokenizer,
+    is_name,
+    write_corpus,
+)
+from engine.hf_tokenizer import OFFERED, is_checkpoint, read_checkpoint
+
+Texts = str | Sequence[str]
 
 PIECE = 1 << 22  # characters encoded at a time: bounds memory, and is long enough to be fast
 
 
 def arguments(doc: str | None, tokenizers: Sequence[str], *, others: bool = False) -> argparse.ArgumentParser:
-    """A parser with what every script takes. The first of `tokenizers` is the default; `others` allows any name."""
+    """A parser with what every script takes. The first of `tokenizers` is the default; `others` allows any name.
+
+    'hf:FOLDER' among them allows 'hf:' with any folder of a checkpoint.
+    """
+
+    def known(text: str) -> str:
+        if others or text in tokenizers or (OFFERED in tokenizers and is_checkpoint(text)):
+            return text
+        raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {', '.join(tokenizers)})")
+
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n\n")[0])
     what = f"how text becomes tokens: {', '.join(tokenizers)} (default {tokenizers[0]})"
-    parser.add_argument(
-        "--tokenizer", choices=None if others else tokenizers, default=tokenizers[0], metavar="NAME", help=what
-    )
+    parser.add_argument("--tokenizer", type=known, default=tokenizers[0], metavar="NAME", help=what)
     where = "root folder; the corpus lands in ROOT/<dataset>/<tokenizer> (default: the repository's data folder)"
     parser.add_argument("--out", type=Path, default=DATA, metavar="ROOT", help=where)
     return parser
@@ -77,9 +98,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}). Leave it out, or convert it first.") from None
 
 
-def simple_tokenizer(name: str, text: Iterable[str]) -> Tokenizer:
-    """The char or the byte tokenizer; char knows the characters of `text`."""
-    return ByteTokenizer() if name == ByteTokenizer.name else CharTokenizer.of(text)
+def checkpoint_tokenizer(word: str) -> FileTokenizer:
+    """The tokenizer that 'hf:' and a folder name. Raises ValueError where it cannot be used."""
+    try:
+        return read_checkpoint(word).load()
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {word}: {error}") from None
+
+
+def tokenizer_for(word: str, text: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint, or the char or the byte tokenizer; char knows the characters of `text`."""
+    if is_checkpoint(word):
+        return checkpoint_tokenizer(word)
+    return ByteTokenizer() if word == ByteTokenizer.name else CharTokenizer.of(text)
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
@@ -99,12 +130,24 @@ def encoded(tokenizer: Tokenizer, text: str) -> Iterator[np.ndarray]:
         yield tokenizer.encode_documents([piece])[0]
 
 
-def write_texts(root: Path, dataset: str, tokenizer: Tokenizer, train: str, val: str, source: str) -> None:
-    """Writes a corpus of two texts and announces it."""
-    texts = zip(SPLITS, (train, val), strict=True)
-    chunks: Chunks = ((split, ids) for split, text in texts for ids in encoded(tokenizer, text))
+def write_texts(root: Path, dataset: str, tokenizer: Tokenizer, train: Texts, val: Texts, source: str) -> None:
+    """Writes a corpus of two texts, each whole or as its documents, and announces it.
+
+    A document ends with the tokenizer's token for that, where it has one.
+    """
+    chunks: Chunks = ((s, ids) for s, texts in zip(SPLITS, (train, val), strict=True) for ids in _ids(tokenizer, texts))
     folder = root / dataset / tokenizer.name
     announce(folder, write_corpus(folder, chunks, dataset=dataset, tokenizer=tokenizer, source=source))
+
+
+def _ids(tokenizer: Tokenizer, texts: Texts) -> Iterator[np.ndarray]:
+    if isinstance(texts, str):
+        yield from encoded(tokenizer, texts)
+        return
+    for document in texts:
+        yield from encoded(tokenizer, document)
+        if tokenizer.end is not None:
+            yield np.array([tokenizer.end])
 
 
 class Progress:

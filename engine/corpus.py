@@ -34,7 +34,10 @@ Source = str | Callable[[], str]
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` says. `splits` counts tokens; `chars` is the vocabulary of char, `tokenizer_file` of others."""
+    """What `meta.json` says. `splits` counts tokens; `chars` is the vocabulary of char, `tokenizer_file` of others.
+
+    `end` is the id that ends a document, for a tokenizer of a file; without it, the file's own vocabulary is searched.
+    """
 
     dataset: str
     tokenizer: str
@@ -45,6 +48,7 @@ class Meta:
     content_hash: str
     chars: tuple[str, ...] | None = None
     tokenizer_file: str | None = None
+    end: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Meta:
@@ -72,17 +76,19 @@ def _wrong_in(tree: Any) -> str:
     for key, kind in required.items():
         if not isinstance(tree.get(key), kind):
             return f"'{key}' is missing or not of the type {kind.__name__}"
-    for key in set(tree) - set(required) - {"chars", "tokenizer_file"}:
+    for key in set(tree) - set(required) - {"chars", "tokenizer_file", "end"}:
         return f"unknown key '{key}'"
     if tree["dtype"] not in DTYPES:
         return f"dtype '{tree['dtype']}' is none of {', '.join(DTYPES)}"
     if set(tree["splits"]) != set(SPLITS) or not all(isinstance(n, int) and n > 0 for n in tree["splits"].values()):
         return f"'splits' must count the tokens of {' and '.join(SPLITS)}"
-    chars, file = tree.get("chars"), tree.get("tokenizer_file")
+    chars, file, end = (tree.get(key) for key in ("chars", "tokenizer_file", "end"))
     if chars is not None and not (isinstance(chars, list) and all(isinstance(c, str) for c in chars)):
         return "'chars' must be a list of characters"
     if file is not None and (not isinstance(file, str) or Path(file).name != file):
         return "'tokenizer_file' must be the name of a file in this folder"
+    if end is not None and not (type(end) is int and 0 <= end < tree["vocab_size"]):
+        return "'end' must be an id of the vocabulary"
     return ""
 
 
@@ -190,11 +196,15 @@ class ByteTokenizer(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library, from the content of its JSON file."""
+    """A tokenizer of the `tokenizers` library, from the content of its JSON file.
+
+    `end` is the id that ends a document; without it, that of the first of `ENDS` in the vocabulary. Text is never cut or
+    filled up to a length, whatever the file says.
+    """
 
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # how the field spells the end of a document
 
-    def __init__(self, content: str, name: str = "bpe") -> None:
+    def __init__(self, content: str, name: str = "bpe", end: int | None = None) -> None:
         try:
             import tokenizers
         except ImportError:
@@ -206,9 +216,12 @@ class FileTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"the {name} tokenizer's file is not one of the 'tokenizers' library: {error}") from None
         self._plain.encode_special_tokens = True
+        for made in (self._special, self._plain):
+            made.no_truncation()
+            made.no_padding()
         self._tokens: dict[str, int] = self._special.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._tokens.values()) + 1 if self._tokens else 0  # ids may have gaps
-        self.end = next((self._tokens[t] for t in self.ENDS if t in self._tokens), None)
+        self.end = next((self._tokens[t] for t in self.ENDS if t in self._tokens), None) if end is None else end
         unknown = getattr(self._special.model, "unk_token", None)
         self._lost = self._tokens.get(unknown) if isinstance(unknown, str) else None
 
@@ -253,7 +266,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         path = Path(folder) / meta.tokenizer_file
         if not path.is_file():
             raise ValueError(f"{path} is missing. Prepare the corpus again.")
-        tokenizer = FileTokenizer(path.read_text(encoding="utf-8"), meta.tokenizer)
+        tokenizer = FileTokenizer(path.read_text(encoding="utf-8"), meta.tokenizer, meta.end)
     elif meta.tokenizer == ByteTokenizer.name:
         tokenizer = ByteTokenizer()
     else:
@@ -306,6 +319,7 @@ def _fill(folder: Path, chunks: Chunks, dataset: str, tokenizer: Tokenizer, sour
         content_hash=_content_hash(tokenizer, hashes),
         chars=tokenizer.chars if isinstance(tokenizer, CharTokenizer) else None,
         tokenizer_file=TOKENIZER_FILE if isinstance(tokenizer, FileTokenizer) else None,
+        end=tokenizer.end,
     )
     if isinstance(tokenizer, FileTokenizer):
         (folder / TOKENIZER_FILE).write_text(tokenizer.content, encoding="utf-8")

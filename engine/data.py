@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from core.options import nearest
+from core.yaml_files import HUGGING_FACE
 from engine.corpus import DATA, DTYPES, META, SPLITS, Meta, is_name, place, sibling
+from engine.hf_tokenizer import OFFERED, PREFIX, is_checkpoint, read_checkpoint
 
 TRAIN_STREAM, WINDOW_STREAM = (
     1,
@@ -49,8 +51,8 @@ class Corpus:
 class Script:
     """What the constants of a `prepare.py` say.
 
-    TOKENIZERS: those it offers, the default first. SELF_PREPARING: it needs no network and no input. ARGUMENTS: what it
-    has to be given on its command line.
+    TOKENIZERS: those it offers, the default first, 'hf:FOLDER' for those of checkpoints. SELF_PREPARING: it needs no
+    network and no input. ARGUMENTS: what it has to be given on its command line.
     """
 
     path: Path
@@ -62,8 +64,9 @@ class Script:
 def open_corpus(dataset: str, tokenizer: str | None = None, root: Path = DATA) -> Corpus:
     """The corpus `<root>/<dataset>/<tokenizer>`; one that prepares itself is prepared first.
 
-    With no tokenizer named it is the only one prepared, else the default of the corpus. Raises ValueError, with what to
-    do, for an unknown corpus or tokenizer, for one not prepared, and for files that do not fit their description.
+    With no tokenizer named it is the only one prepared, else the default of the corpus. 'hf:' and a folder name the
+    tokenizer of a checkpoint, whose name follows from its content. Raises ValueError, with what to do, for an unknown
+    corpus or tokenizer, for one not prepared, and for files that do not fit their description.
     """
     return settle(stage_corpus(dataset, tokenizer, root))
 
@@ -78,15 +81,13 @@ def stage_corpus(dataset: str, tokenizer: str | None = None, root: Path = DATA) 
         advice = nearest(dataset, _known(Path(root)))
         own = f"Texts of your own: python {_shown(DATA / 'text' / 'prepare.py')} --name NAME --input FILE"
         raise ValueError(f"data.dataset: no corpus '{dataset}' in {root}. {advice} {own}")
+    if tokenizer and is_checkpoint(tokenizer):
+        return _of_checkpoint(tokenizer, home, script)
     chosen = _choose(dataset, tokenizer, _prepared(home), script)
     folder = home / chosen
     if (folder / META).is_file():
         return _open(folder)
     assert script is not None
-    if not script.self_preparing:
-        raise ValueError(
-            f"data.dataset: '{dataset}' is not prepared for {chosen}. Run: {_command(script, chosen, root)}"
-        )
     return _stage(script, chosen, folder)
 
 
@@ -193,15 +194,42 @@ def _open(folder: Path, destination: Path | None = None) -> Corpus:
     return Corpus(folder, meta, splits["train"], splits["val"], destination)
 
 
+def _of_checkpoint(tokenizer: str, home: Path, script: Script | None) -> Corpus:
+    """The corpus cut by the tokenizer of a checkpoint, staged where it is not there yet."""
+    try:
+        found = read_checkpoint(tokenizer)
+        folder = home / found.name
+        if (folder / META).is_file():
+            return _open(folder)
+        found.load()  # what keeps it from being used is told before any text is read
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}") from None
+    if script is None and (texts := _script("text", home.parent)):  # a corpus without a script is made from texts
+        script = replace(texts, arguments=f"--name {home.name} {texts.arguments}")
+    assert script is not None
+    if OFFERED not in script.tokenizers:
+        raise ValueError(
+            f"data.tokenizer: '{home.name}' takes no tokenizer of a checkpoint. {_shown(script.path)} would have to, and "
+            f"to say so with '{OFFERED}' among its TOKENIZERS: {', '.join(script.tokenizers)}."
+        )
+    return _stage(script, tokenizer, folder)
+
+
 def _stage(script: Script, tokenizer: str, destination: Path) -> Corpus:
+    """Prepares a corpus in a temporary folder. Raises ValueError, with what to run, where it does not prepare itself."""
+    dataset = destination.parent.name
+    if not script.self_preparing:
+        told = _shown_tokenizer(tokenizer)
+        how = _command(script, told, destination.parent.parent)
+        raise ValueError(f"data.dataset: '{dataset}' is not prepared for {told}. Run: {how}")
     temporary = Path(tempfile.mkdtemp(prefix="slicewise-"))
     try:
         command = [sys.executable, str(script.path), "--tokenizer", tokenizer, "--out", str(temporary)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-            raise ValueError(f"data.dataset: '{destination.parent.name}' could not be prepared: {said}")
-        corpus = _open(temporary / destination.parent.name / tokenizer, destination)
+            raise ValueError(f"data.dataset: '{dataset}' could not be prepared: {said}")
+        corpus = _open(temporary / dataset / destination.name, destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -218,15 +246,18 @@ def _choose(dataset: str, tokenizer: str | None, prepared: list[str], script: Sc
     """The tokenizer to use: the one asked for, else the only one prepared, else the default of the corpus."""
     offered = script.tokenizers if script else ()
     if tokenizer is None:
+        if script and script.self_preparing:  # those of checkpoints are there because somebody named them, once
+            prepared = [name for name in prepared if not name.startswith(PREFIX)]
         if len(prepared) == 1:
             return prepared[0]
         if offered:
             return offered[0]
         raise ValueError(f"data.tokenizer: '{dataset}' has no default; choose one of: {', '.join(prepared)}.")
     if tokenizer not in {*prepared, *offered}:
-        raise ValueError(
-            f"data.tokenizer: '{dataset}' has no '{tokenizer}'. {nearest(tokenizer, {*prepared, *offered})}"
-        )
+        advice = nearest(tokenizer, {*prepared, *offered})
+        if tokenizer.startswith(PREFIX):
+            advice += f" One that begins with '{PREFIX}' is made where its checkpoint is named, as {OFFERED}."
+        raise ValueError(f"data.tokenizer: '{dataset}' has no '{tokenizer}'. {advice}")
     return tokenizer
 
 
@@ -261,6 +292,12 @@ def _command(script: Script, tokenizer: str, root: Path) -> str:
     if Path(root).resolve() != DATA:
         words += ["--out", str(root)]
     return " ".join([shlex.join(words), *script.arguments.split()])
+
+
+def _shown_tokenizer(tokenizer: str) -> str:
+    if not is_checkpoint(tokenizer):
+        return tokenizer
+    return HUGGING_FACE + _shown(Path(tokenizer.removeprefix(HUGGING_FACE)).resolve())
 
 
 def _shown(path: Path) -> str:

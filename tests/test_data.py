@@ -249,7 +249,9 @@ def test_an_unknown_corpus(tmp_path: Path, name: str) -> None:
 def test_an_unknown_tokenizer(tmp_path: Path) -> None:
     corpus(tmp_path / "stdlib" / "special")
     for name in ("chars", "../x"):
-        with pytest.raises(ValueError, match=r"data.tokenizer: 'stdlib' has no '.*'.*Known: byte, char, special\."):
+        with pytest.raises(
+            ValueError, match=r"data.tokenizer: 'stdlib' has no '.*'.*Known: byte, char, hf:FOLDER, special\."
+        ):
             open_corpus("stdlib", name, tmp_path)
 
 

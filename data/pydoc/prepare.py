@@ -1,13 +1,13 @@
 """The reference of the Python language, half a megabyte of English that comes with every Python, for `help()` to show.
 
-    python data/pydoc/prepare.py [--tokenizer byte|char] [--out ROOT]
+    python data/pydoc/prepare.py [--tokenizer byte|char|hf:FOLDER] [--out ROOT]
 
 The texts are the topics of the module `pydoc_data.topics`, which is read and never run. Each follows a comment line
-with its name. Whole topics are held out for validation, about one in ten, chosen by a hash of their name: so the choice
-stays from one version of Python to the next. Some short topics are sections of a longer one too, so that some 2 % of
-the text held out is also trained on. For `char` only topics of printable ASCII, newline and tab are kept, a small part:
-most have typographic quotes. The ids of `byte` are those of `stdlib`, so that weights
-carry over; `stdlib` leaves these texts out.
+with its name; with a checkpoint's tokenizer, each ends with its token for the end of a document. Whole topics are held
+out for validation, about one in ten, chosen by a hash of their name: so the choice stays from one version of Python to
+the next. Some short topics are sections of a longer one too, so that some 2 % of the text held out is also trained on.
+For `char` only topics of printable ASCII, newline and tab are kept, a small part: most have typographic quotes. The ids
+of `byte` are those of `stdlib`, so that weights carry over; `stdlib` leaves these texts out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.preparing import arguments, run, simple_tokenizer, write_texts
+from data.preparing import arguments, run, tokenizer_for, write_texts
 
-TOKENIZERS = ("byte", "char")
+TOKENIZERS = ("byte", "char", "hf:FOLDER")
 SELF_PREPARING = True
 
 MODULE = "pydoc_data/topics.py"
@@ -66,10 +66,10 @@ def main() -> None:
     splits: tuple[list[str], list[str]] = ([], [])
     for name, text in texts.items():
         splits[is_held_out(name)].append(f"# {name}\n{text}\n")
-    train, val = ("".join(parts) for parts in splits)
     only = " of plain ASCII" if args.tokenizer == "char" else ""
     source = f"{len(texts)} topics{only} of the language reference of Python {platform.python_version()}."
-    write_texts(args.out, "pydoc", simple_tokenizer(args.tokenizer, [train, val]), train, val, source)
+    tokenizer = tokenizer_for(args.tokenizer, (part for parts in splits for part in parts))
+    write_texts(args.out, "pydoc", tokenizer, *splits, source)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tiny Shakespeare, 1.1 million characters, split as in nanoGPT: nine tenths for training, the last one held out.
 
-python data/shakespeare_char/prepare.py [--tokenizer char|byte] [--input FILE] [--out ROOT]
+python data/shakespeare_char/prepare.py [--tokenizer char|byte|hf:FOLDER] [--input FILE] [--out ROOT]
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.preparing import arguments, read_text, run, simple_tokenizer, write_texts
+from data.preparing import arguments, read_text, run, tokenizer_for, write_texts
 
-TOKENIZERS = ("char", "byte")
+TOKENIZERS = ("char", "byte", "hf:FOLDER")
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -42,7 +42,7 @@ def main() -> None:
         raise ValueError(f"{args.input} is empty.")
     cut = int(len(text) * 0.9)
     source = f"The text of the file {args.input.name}." if args.input else f"Tiny Shakespeare from {URL}."
-    tokenizer = simple_tokenizer(args.tokenizer, [text])
+    tokenizer = tokenizer_for(args.tokenizer, [text])
     write_texts(args.out, "shakespeare_char", tokenizer, text[:cut], text[cut:], source)
 
 

@@ -1,9 +1,10 @@
 """The source code of Python's own standard library, some 10 MB of real text that is on every machine.
 
-    python data/stdlib/prepare.py [--tokenizer byte|char] [--out ROOT]
+    python data/stdlib/prepare.py [--tokenizer byte|char|hf:FOLDER] [--out ROOT]
 
-Each file follows a comment line with its path. Whole files are held out for validation, about one in ten, chosen by a
-hash of their path: so the choice stays from one version of Python to the next, and is not one corner of the library.
+Each file follows a comment line with its path. With a checkpoint's tokenizer, each ends with its token for the end of a
+document. Whole files are held out for validation, about one in ten, chosen by a hash of their path: so the choice stays
+from one version of Python to the next, and is not one corner of the library.
 Left out are tests, packages installed by others, and what a program wrote: the codec tables under `encodings` and the
 text of `pydoc_data`, which is the corpus `pydoc`. For `char` also files with other characters than printable ASCII,
 newline and tab, so that the vocabulary stays below a hundred. The content depends on the version of Python: its hash,
@@ -21,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.preparing import arguments, run, simple_tokenizer, write_texts
+from data.preparing import arguments, run, tokenizer_for, write_texts
 
-TOKENIZERS = ("byte", "char")
+TOKENIZERS = ("byte", "char", "hf:FOLDER")
 SELF_PREPARING = True
 
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
@@ -61,10 +62,10 @@ def main() -> None:
     splits: tuple[list[str], list[str]] = ([], [])
     for name, text in files:
         splits[is_held_out(name)].append(f"# {name}\n{text}\n")
-    train, val = ("".join(parts) for parts in splits)
     only = " of plain ASCII" if args.tokenizer == "char" else ""
     source = f"{len(files)} source files{only} of the standard library of Python {platform.python_version()}."
-    write_texts(args.out, "stdlib", simple_tokenizer(args.tokenizer, [train, val]), train, val, source)
+    tokenizer = tokenizer_for(args.tokenizer, (part for parts in splits for part in parts))
+    write_texts(args.out, "stdlib", tokenizer, *splits, source)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Any text files of your own, as characters, bytes, or byte pairs learned from them.
+"""Any text files of your own, as characters, bytes, byte pairs learned from them, or the tokens of a checkpoint.
 
-    python data/text/prepare.py --input FILE|FOLDER|GLOB [--input ...] [--name NAME] [--tokenizer char|byte|bpe] ...
+    python data/text/prepare.py --input FILE|FOLDER|GLOB [--input ...] [--name NAME] [--tokenizer NAME|hf:FOLDER] ...
 
 The files are taken in the order given, sorted by path within a folder or a glob. The last part of all their text is
-held out for validation, as in nanoGPT. For char and byte a line end stands between two files; for bpe an end-of-text
-token follows each, and the byte pairs are learned from the training part alone. The corpus is then known as
-`data.dataset: NAME`.
+held out for validation, as in nanoGPT. An end-of-text token follows each file; where the tokenizer has none, as char and
+byte, a line end stands between two. The byte pairs of bpe are learned from the training part alone. The corpus is then
+known as `data.dataset: NAME`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from data.preparing import (
     announce,
     arguments,
     check_name,
+    checkpoint_tokenizer,
     encoded,
     fraction,
     pieces,
     read_text,
     run,
-    simple_tokenizer,
+    tokenizer_for,
 )
 from engine.corpus import DATA, FileTokenizer, Tokenizer, write_corpus
+from engine.hf_tokenizer import is_checkpoint
 
-TOKENIZERS = ("char", "byte", "bpe")
+TOKENIZERS = ("char", "byte", "bpe", "hf:FOLDER")
 ARGUMENTS = "--input FILE"  # shown in the command that an unprepared corpus asks for
 END = "<|endoftext|>"
 
@@ -127,17 +129,18 @@ def main() -> None:
     check_name("--name", args.name)
     check_free(args.name)
     files = expand(args.input)
-    texts = Texts(files, "" if args.tokenizer == "bpe" else "\n", args.val_fraction)
+    tokenizer: Tokenizer | None = checkpoint_tokenizer(args.tokenizer) if is_checkpoint(args.tokenizer) else None
+    ends = args.tokenizer == "bpe" or (tokenizer is not None and tokenizer.end is not None)
+    texts = Texts(files, "" if ends else "\n", args.val_fraction)
     if not texts.cut:
         raise ValueError(f"--input: the {len(files)} files hold no text, or too little to hold some of it out.")
-    tokenizer: Tokenizer
     if args.tokenizer == "bpe":
         tokenizer = learn(texts, args.vocab_size)
-    else:
-        tokenizer = simple_tokenizer(args.tokenizer, (text for _, text, _ in texts))
+    elif tokenizer is None:
+        tokenizer = tokenizer_for(args.tokenizer, (text for _, text, _ in texts))
     names = ", ".join(path.name for path in files[:3]) + (", ..." if len(files) > 3 else "")
     source = f"The text of {len(files)} {'file' if len(files) == 1 else 'files'}: {names}."
-    folder = args.out / args.name / args.tokenizer
+    folder = args.out / args.name / tokenizer.name
     meta = write_corpus(folder, chunks(texts, tokenizer), dataset=args.name, tokenizer=tokenizer, source=source)
     announce(folder, meta)
 
