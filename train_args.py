@@ -27,7 +27,8 @@ class DataConfig:
 
     dataset: str = opt("stdlib", "A corpus: a folder below data/ with a prepare.py, or one prepared there.")
     tokenizer: str | None = opt(
-        None, "How the corpus was cut into tokens (byte, char, ...); null means its own default."
+        None,
+        "How the corpus was cut into tokens (byte, char, ...), or hf:FOLDER for a checkpoint's; null means its own default.",
     )
     root: str | None = opt(None, "Folder of the corpora; null means data/ beside train.py.", identity=False)
 
@@ -87,8 +88,6 @@ class TrainConfig:
             wrong.append(("max_tokens", "max_iters is given too; set one of them to null"))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             wrong.append(("device", f"'{self.device}' is not auto, cpu, cuda or cuda:N"))
-        if (self.init_from or "").startswith("hf:"):
-            wrong.append(("init_from", "starting from Hugging Face checkpoints is not available yet"))
         if wrong:
             raise Invalid(*wrong)
 

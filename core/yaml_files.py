@@ -18,6 +18,7 @@ from core.options import Path, nearest
 from core.secrets import exposed, scrub, secrets
 
 SUFFIXES = (".yaml", ".yml", ".json")
+HUGGING_FACE = "hf:"  # before a folder of weights in that format, where a path is given
 MAX_NODES = 200_000  # aliases expand: a kilobyte of nested anchors can mean billions of values
 MAX_WRITTEN = 50_000  # keys and values before that; reading them takes seconds
 MAX_BYTES = 1_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from core.addresses import is_adapter
 from core.saved import Checkpoint, find, latest
 from core.weights import mismatch, weights
-from core.yaml_files import ConfigError
+from core.yaml_files import HUGGING_FACE, ConfigError
 
 FILE = "model.safetensors"
 
@@ -56,11 +57,15 @@ def unfit(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> str:
     return f"its weights are of another model: {wrong}" if wrong else ""
 
 
-def load_base(model: nn.Module, folder: Path) -> None:
-    """Fills the model's own tensors, adapters left out, from the newest checkpoint of the run folder `folder`.
+def load_base(model: nn.Module, named: str) -> None:
+    """Fills the model's own tensors, adapters left out, from the newest checkpoint of a run folder, or from 'hf:' and a folder.
 
     Raises ConfigError where there is none, it is damaged, or it is not exactly of this model.
     """
+    if named.startswith(HUGGING_FACE):
+        _load_hugging_face(model, Path(named.removeprefix(HUGGING_FACE)))
+        return
+    folder = Path(named)
     if why := damage(folder):
         raise ConfigError(why)
     saved = newest(folder)
@@ -72,6 +77,17 @@ def load_base(model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in _bare(own).items():
             tensor.copy_(base[name])
+
+
+def _load_hugging_face(model: Any, folder: Path) -> None:
+    from convert import huggingface
+    from convert.mapping import fill
+
+    try:
+        told = fill(_bare(weights(model)), huggingface.mapped(folder, model.config))
+    except ValueError as error:
+        raise ConfigError(f"{folder}: the run cannot start from it: {error}") from None
+    print(f"weights of {folder}" + "".join(f", {count} tensors {words}" for words, count in told.items()))
 
 
 def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

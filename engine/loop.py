@@ -52,7 +52,7 @@ class Run:
         fill(self.plain, self.rows, init_seed, device)
         saved = checkpoint.resumed(folder / "checkpoint")
         if config.run.base and saved is None:  # a run on its way needs it no more
-            load_base(self.plain, Path(config.run.base))
+            load_base(self.plain, config.run.base)
             refill(self.plain, self.rows, init_seed)
         self.model: Any = self.plain.compiled() if config.train.compile else self.plain
         self.optimizers = Optimizers(self.plain, self.rows)

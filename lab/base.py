@@ -135,8 +135,10 @@ def located(named: str, folders: Sequence[File], advice: str = DOWNLOAD) -> File
     for folder in folders:
         if os.path.exists(folder / named):
             return (folder / named).resolve()
-    known = {name for folder in folders for name in _names_like(folder, File(named))}
-    raise Unusable(f"there is no '{shown(folders[0] / named)}'", f"{nearest(named, known)} {advice}")
+    if advice == PLACES:
+        known = {name for folder in folders for name in _names_like(folder, File(named))}
+        advice = f"{nearest(named, known)} {PLACES}"
+    raise Unusable(f"there is no '{shown(folders[0] / named)}'", advice)
 
 
 def _of_folder(folder: File) -> Base:
@@ -163,7 +165,9 @@ def _of_hugging_face(folder: File) -> Base:
         try:
             huggingface.mapped(folder, model)
         except ValueError as error:
-            return f"{' '.join(str(error).splitlines()).removesuffix('.')}"
+            first, *more = str(error).splitlines()
+            count = f" (and {len(more)} more of this kind)" if more else ""
+            return f"{first.removesuffix('.')}{count}; `python -m convert import` writes what its own model is"
         return ""
 
     try:

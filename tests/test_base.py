@@ -28,7 +28,7 @@ def test_own_tensors_are_filled_and_adapters_left_as_they_are(data: Path, tmp_pa
     own = runs.make(tmp_path / "own", *runs.read(data, train__seed=2)).plain
     own.get_submodule("h.0.attn.qkv").register_module("adapter[q]", nn.Linear(3, 3))
     before = {name: tensor.clone() for name, tensor in weights(own).items()}
-    load_base(own, tmp_path / "base")
+    load_base(own, str(tmp_path / "base"))
     saved, now = weights(base.plain), weights(own)
     assert all(torch.equal(now[name], tensor) for name, tensor in saved.items())
     assert any(not torch.equal(now[name], before[name]) for name in saved)
@@ -40,7 +40,7 @@ def test_own_tensors_are_filled_and_adapters_left_as_they_are(data: Path, tmp_pa
 def test_what_does_not_fit_is_refused_before_anything_is_filled(data: Path, tmp_path: Path) -> None:
     run = runs.make(tmp_path / "own", *runs.read(data))
     with pytest.raises(ConfigError, match="there is no checkpoint to start from"):
-        load_base(run.plain, tmp_path / "own")
+        load_base(run.plain, str(tmp_path / "own"))
     run.save()
     (newest,) = (tmp_path / "own" / "checkpoint").iterdir()
     before = {name: tensor.clone() for name, tensor in weights(run.plain).items()}
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_filled(data: Path, tmp_
     for told, tensors in wrong.items():
         checkpoint.save(newest.parent, 0, tensors, {}, {"iter": 0})
         with pytest.raises(ConfigError, match=told):
-            load_base(run.plain, tmp_path / "own")
+            load_base(run.plain, str(tmp_path / "own"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run.plain).items())
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convert.__main__
+import convert.places
 import sample
 import train
 from core.saved import Damaged, read
@@ -335,11 +336,11 @@ def test_nobody_uses_damaged_weights(root: Path, tmp_path: Path, capsys: pytest.
     flip(file, 8 * file.stat().st_size - 1)
     before = load_file(folder / "checkpoint/00000006/model.safetensors")
     model, _ = sample.load(folder, torch.device("cpu"), False)
-    for made in (weights(model), weights(convert.__main__.load(folder))):
+    for made in (weights(model), weights(convert.places.load(folder))):
         assert all(torch.equal(made[name], tensor) for name, tensor in before.items())
     assert capsys.readouterr().err.count("That of iteration 6 is used instead.") == 2
     with pytest.raises(ConfigError, match=r"model.safetensors: it is not what .* No run starts from damaged weights"):
-        load_base(model, folder)
+        load_base(model, str(folder))
     words = [f"train.init_from={folder}", f"data.root={root}", "--dry-run"]
     assert train.main(words) == 2
     assert re.search(r"train.init_from: the checkpoint of the run .* is damaged .*Remove", capsys.readouterr().err)

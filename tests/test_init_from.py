@@ -319,7 +319,7 @@ def test_what_is_no_base_is_told(bench: Bench) -> None:
     told = bench.wrong("base.yaml", f"train.init_from={bench.folder('base')}")[0]
     assert re.search(r"the run 'runs/base/run-\w+' has no checkpoint", told)
     told = bench.wrong("base.yaml", "train.init_from=hf:gpt2")[0]
-    assert "starting from Hugging Face checkpoints is not available yet (command line)" in told
+    assert "there is no 'gpt2'" in told and "`hf download NAME --local-dir FOLDER`" in told
 
 
 def test_the_mistakes_of_a_base_have_their_own_places(bench: Bench) -> None:
@@ -381,7 +381,7 @@ def test_a_base_with_adapters_is_refused(bench: Bench) -> None:
     (told,) = bench.wrong("x.yaml")
     assert re.search(r"cannot start from 'runs/base/run-\w+': it has adapters; merge them first \(x\.yaml:1\)", told)
     with pytest.raises(ConfigError, match="it has adapters; merge them first"):
-        load_base(GPT(bench.one("base.yaml", "model.vocab_size=65").config.model), base)
+        load_base(GPT(bench.one("base.yaml", "model.vocab_size=65").config.model), str(base))
 
 
 def test_adapters_are_new_over_a_base_and_may_not_be_in_it(bench: Bench) -> None:

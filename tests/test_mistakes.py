@@ -89,7 +89,7 @@ IMPOSSIBLE = {
     "optimizer: {learning_rate: 1" + "0" * 400 + "}": "is not a finite number",
     "model: {n_embd: 100000000000, n_head: 1, head_dim: 10000000000}": "would be 3e+10 x 1e+11 numbers, more than",
     "train: {init_from: there}": "train.init_from: there is no 'there'",
-    "train: {init_from: hf:there}": "train.init_from: starting from Hugging Face checkpoints is not available yet",
+    "train: {init_from: hf:there}": "train.init_from: there is no 'there'",
     "slices: {a: {match: x}}": "slices.a: the rule sets nothing; it may set lr_scale, learning_rate",
     "model.n_layer: 3": "model.n_layer: unknown key (x.yaml:1). Keys are nested, as in model: {n_layer: ...}.",
     "data: {dataset: ../stdlib}": "data.dataset: no corpus '../stdlib'",

@@ -1,0 +1,1 @@
+"""The commands of `python -m convert`: each a module with arguments(parser) and act(given), which returns the exit code."""
