@@ -12,8 +12,9 @@ OK, DIFFERENT, WRONG, STOPPED = 0, 1, 2, 75
 # Each command is a module with arguments(parser) and act(given), which returns the exit code. Only the one that is asked for is
 # imported.
 COMMANDS = {
-    "import": ("convert.commands.importing", "a model of Hugging Face's as a run folder"),
-    "export": ("convert.commands.exporting", "a run's model for other tools"),
+    "import": ("convert.commands.importing", "a model or adapters of another tool as a run folder"),
+    "export": ("convert.commands.exporting", "a run's model or adapters for other tools"),
+    "reshard": ("convert.commands.resharding", "the files of parallel ranks, for other numbers of them"),
     "check": ("convert.commands.checking", "whether two checkpoints hold the same weights"),
     "effective": (
         "convert.commands.effective",

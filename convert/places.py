@@ -15,6 +15,7 @@ from convert.huggingface.family import configured
 from convert.mapping import Mapped, Source, Tensors
 from convert.ranks import whole
 from core.options import Reader
+from core.rules import Row
 from core.saved import latest
 from core.weights import load_weights
 from core.yaml_files import HUGGING_FACE, ConfigError
@@ -43,6 +44,11 @@ def run_config(folder: Path) -> Config:
 
 def load(folder: Path) -> GPT:
     """The model of a run folder at its newest checkpoint, with separate layers. Raises ConfigError where it has none."""
+    return assembled(folder)[0]
+
+
+def assembled(folder: Path) -> tuple[GPT, list[Row]]:
+    """The model of a run folder, and the table of its slices."""
     config = run_config(folder)
     saved = saved_tensors(folder)
     # Stacked or not, files are the same; separate layers have the names that other tools know.
@@ -50,7 +56,7 @@ def load(folder: Path) -> GPT:
     model, rows = assemble(plain, config.slices, config.optimizer)
     fill(model, rows, 0)
     load_weights(model, saved)
-    return model.eval()
+    return model.eval(), rows
 
 
 def saved_tensors(folder: Path) -> Mapping[str, Tensor]:

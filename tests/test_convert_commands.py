@@ -256,3 +256,67 @@ def test_progress_is_for_terminals(capsys: Captured, monkeypatch: pytest.MonkeyP
         told("a", 1_000_000, 2_000_000)
         told("b", 2_000_000, 2_000_000)
     assert " 50% of 2 MB written: a" in (shown := capsys.readouterr().err) and "100% of 2 MB written: b" in shown
+
+
+# Other tools ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(home: Path) -> Path:
+    """A run with adapters that have learned, over weights that have not."""
+    tuned = json.loads((home / "files/tuned.yaml").read_text())
+    tuned["name"] = "adapted"
+    tuned["optimizer"] = {"learning_rate": 0.1}
+    tuned["train"] |= {"max_iters": 3}
+    tuned["slices"] = {
+        "adapt": {"match": "h.*.attn.qkv[q,v]", "lora": {"rank": 2, "alpha": 6}},
+        "rest": {"match": "**", "frozen": True},
+    }
+    runs.write(home / "files/adapted.yaml", tuned)
+    assert train.main(["--config", "files/adapted.yaml"]) == 0
+    return run_of(home, "adapted")
+
+
+def test_adapters_go_to_peft_and_come_back(home: Path, adapted: Path, capsys: Captured) -> None:
+    assert command("import", "files/llama", "base") == 0
+    capsys.readouterr()
+    assert command("export", str(adapted), "out", "--to", "peft", "--base", "files/llama") == 0
+    out = capsys.readouterr().out
+    assert "model.layers.1.self_attn.v_proj.weight  <-  h.1.attn.qkv[v]  rank 2" in out
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 6, "files/llama")
+    assert command("import", "out", "new") == 2 and "with --base RUN_DIR" in capsys.readouterr().err
+    assert command("import", "out", "back", "--base", "base") == 0
+    assert command("check", str(adapted), "back") == 0, "base and adapters, bit for bit"
+    assert command("export", "base", "none", "--to", "peft") == 2 and not Path("none").exists()
+
+
+def test_ranks_and_other_ranks(home: Path, adapted: Path, capsys: Captured) -> None:
+    assert command("export", str(adapted), "merged") == 0
+    assert command("export", str(adapted), "four", "--to", "ranks", "--tensor", "2", "--pipeline", "2") == 0
+    assert "adapters merged: h.0.attn.qkv[q]" in capsys.readouterr().out
+    assert len(list(Path("four").glob("*.safetensors"))) == 4
+    assert command("check", "four", "merged") == 0
+    assert command("reshard", "four", "two", "--pipeline", "2") == 0 and command("check", "two", "merged") == 0
+    assert command("import", "two", "back", "--base", str(adapted)) == 0 and command("check", "back", "merged") == 0
+    for words, told in (
+        (("reshard", "four", "new"), "Say for how many ranks"),
+        (("reshard", "four", "new", "--tensor", "3"), "3"),
+        (("reshard", "four", "new", "--tensor", "0"), "tensor"),
+        (("export", str(adapted), "new", "--to", "ranks"), "say for how many"),
+        (("reshard", "merged", "new", "--tensor", "2"), "merged"),
+    ):
+        capsys.readouterr()
+        assert command(*words) == 2, words
+        assert told in capsys.readouterr().err and not Path("new").exists()
+
+
+@pytest.mark.parametrize("sizes", [(), ("--tensor", "2")])
+def test_there_and_back_with_megatron(home: Path, sizes: tuple[str, ...], capsys: Captured) -> None:
+    assert command("import", "files/llama", "base") == 0
+    assert command("export", "base", "core", "--to", "megatron", *sizes) == 0
+    if sizes:
+        assert command("reshard", "core", "whole", "--tensor", "1", "--pipeline", "2") == 0
+    assert command("import", "whole" if sizes else "core", "back", "--base", "base") == 0
+    assert "decoder.layers" in capsys.readouterr().out
+    assert command("check", "base", "back") == 0

@@ -1,40 +1,109 @@
-"""`python -m convert import`: a folder in Hugging Face's format as a run folder of ours."""
+"""`python -m convert import`: weights of another tool as a run folder of ours."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert import huggingface
 from convert.commands.telling import Progress
-from convert.files import new_folder, write_file
-from convert.places import hugging_face, node_of
+from convert.files import Told, new_folder, write_file
+from convert.mapping import Mapped, Source, Tensors
+from convert.places import RANKS, assembled, hugging_face, node_of, run_config
 from convert.table import lines
+from core.options import plain
 from core.saved import STATE, file_name, written_state
+from core.weights import weights
 from core.yaml_files import HUGGING_FACE, dump
+from core.yaml_files import load_file as load_yaml
+
+ADAPTERS = "adapter_config.json"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a folder with config.json and safetensors files")
+    about = "a folder of Hugging Face's (config.json), PEFT's (adapter_config.json) or megatron-core's, or files of parallel ranks"
+    parser.add_argument("folder", metavar="FOLDER", help=about)
     parser.add_argument(
         "run", type=Path, metavar="RUN_DIR", help="the new run folder, for train.init_from and the other commands"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="RUN_DIR",
+        help="PEFT: the run that the adapters are for; others: a run with such a model",
+    )
+    parser.add_argument(
+        "--family",
+        choices=sorted(huggingface.FAMILIES),
+        help="PEFT: whose form the adapters have; else the first that can",
     )
 
 
 def act(given: argparse.Namespace) -> int:
     """Writes config.yaml and a checkpoint; the table says what became of each tensor."""
     folder = Path(given.folder.removeprefix(HUGGING_FACE))
-    mapped = hugging_face(folder)
-    print("\n".join(lines(mapped)), flush=True)
-    config: dict[str, Any] = {"model": node_of(folder)}
-    if (folder / "tokenizer.json").is_file():
-        config["data"] = {"tokenizer": f"{HUGGING_FACE}{folder.resolve()}"}
-    with new_folder(given.run) as beside, Progress("read") as told:
+    if (folder / ADAPTERS).is_file():
+        tree, source, told = _adapters(folder, given)
+    elif (folder / huggingface.CONFIG).is_file() or given.base is None:
+        tree, source, told = _hugging_face(folder)
+    else:
+        tree, source, told = _like(folder, given.base)
+    print("\n".join(told), flush=True)
+    with Progress("read") as progress:
+        write_run(tree, source, given.run, progress)
+    print(f"{given.run}: {sum(source.meta(name).numel() for name in source.names()):,} parameters")
+    return 0
+
+
+def write_run(tree: Mapping[str, Any], source: Source, run: Path, told: Told | None = None) -> None:
+    """A new run folder with a configuration and a checkpoint at iteration 0, whole or not at all."""
+    with new_folder(run) as beside:
         saved = beside / "checkpoint" / f"{0:08d}"
         saved.mkdir(parents=True)
-        write_file(mapped, saved / file_name("model"), told=told)
-        write_file(mapped, saved / file_name("optimizer"), [])  # training begins with no moments
+        write_file(source, saved / file_name("model"), told=told)
+        write_file(source, saved / file_name("optimizer"), [])  # training begins with no moments
         (saved / STATE).write_text(written_state({"iter": 0}, saved))
-        (beside / "config.yaml").write_text(dump(config), encoding="utf-8")
-    print(f"{given.run}: {sum(mapped.meta(name).numel() for name in mapped.names()):,} parameters")
-    return 0
+        (beside / "config.yaml").write_text(dump(tree), encoding="utf-8")
+
+
+def _hugging_face(folder: Path) -> tuple[dict[str, Any], Source, list[str]]:
+    mapped = hugging_face(folder)
+    tree: dict[str, Any] = {"model": node_of(folder)}
+    if (folder / "tokenizer.json").is_file():
+        tree["data"] = {"tokenizer": f"{HUGGING_FACE}{folder.resolve()}"}
+    return tree, mapped, lines(mapped)
+
+
+def _adapters(folder: Path, given: argparse.Namespace) -> tuple[dict[str, Any], Source, list[str]]:
+    """The base with the adapters, and the rules that ask for them."""
+    from convert import peft
+
+    if given.base is None:
+        raise ValueError(f"{folder} holds adapters. Name the run that they are for with --base RUN_DIR.")
+    model, _ = assembled(given.base)
+    family = huggingface.FAMILIES[given.family or huggingface.pick_family(model.config)]
+    imported = peft.read(folder, model, family)
+    made, _ = peft.load(model, imported)
+    tree = _of_run(given.base) | {"slices": imported.rules}
+    return tree, Tensors(weights(made)), [f"{theirs}  ->  {ours}" for theirs, ours in imported.sources.items()]
+
+
+def _like(folder: Path, base: Path) -> tuple[dict[str, Any], Source, list[str]]:
+    """Weights that say nothing of their model, as another run's."""
+    model, _ = assembled(base)
+    if (folder / RANKS).is_file():
+        from convert import ranks
+
+        return _of_run(base), ranks.whole(folder), []
+    from convert import megatron
+
+    mapped: Mapped = megatron.mapped(megatron.opened(folder), model)
+    return _of_run(base), mapped, lines(mapped)
+
+
+def _of_run(base: Path) -> dict[str, Any]:
+    """What a run's configuration says of its model and data."""
+    tree = load_yaml(base / "config.yaml").tree
+    return {"model": plain(run_config(base).model), **({"data": tree["data"]} if "data" in tree else {})}

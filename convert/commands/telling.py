@@ -1,12 +1,21 @@
-"""Progress, on a terminal alone."""
+"""What commands share: progress on a terminal, and how many ranks there are."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from types import TracebackType
 
+from convert.kinds import Sizes
+
 EVERY = 0.2  # seconds
+SIZES = {
+    "tensor": "ranks that divide each weight",
+    "pipeline": "stages that divide the layers",
+    "expert": "ranks that divide the experts",
+    "expert_tensor": "ranks that divide each expert; else as --tensor",
+}
 
 
 class Progress:
@@ -36,3 +45,15 @@ class Progress:
     ) -> None:
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def take_sizes(parser: argparse.ArgumentParser) -> None:
+    """Lets a command be told how many ranks there are."""
+    for name, about in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=about)
+
+
+def sizes_of(given: argparse.Namespace) -> Sizes | None:
+    """How many ranks were asked for; None where nothing was said of any. Raises ValueError for numbers below one."""
+    said = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
+    return Sizes(**said) if said else None
