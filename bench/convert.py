@@ -39,7 +39,7 @@ FAMILY, FILE = "llama", "model.safetensors"
 
 
 def config(width: int) -> ModelConfig:
-    """A Llama of 12 layers, of about 200 million parameters at a width of 1024."""
+    """A Llama of 12 layers, of about 400 million parameters at a width of 1536."""
     node: dict[str, Any] = {
         "n_layer": 12,
         "n_head": width // 64,
@@ -99,7 +99,7 @@ def sides(home: Path, width: int) -> tuple[dict[str, dict[str, Callable[[], floa
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=1536)
     given = parser.parse_args()
     print(machine())
     figures: dict[str, Any] = {}

@@ -158,9 +158,11 @@ def _mixing(
         return replace(whole, units={})  # a number for each head
     if isinstance(owner, tuple(NORMS.values())):
         return whole if norm else replace(whole, kind="replicated", units={})
-    if what.residual != 1:
-        return replace(whole, kind="row", layout=replace(what.layout, dim=-1, stack=()))
-    return replace(whole, layout=replace(what.layout, stack=()), shared=shared)
+    if owner.__dict__["declarations"].get("weight", what).residual == 1:
+        return replace(whole, layout=replace(what.layout, stack=()), shared=shared)
+    if what.role == "vector":
+        return replace(whole, kind="replicated", units={})  # a bias is added once
+    return replace(whole, kind="row", layout=replace(what.layout, dim=-1, stack=()))
 
 
 def _mamba2(name: str, module: nn.Module, tensor: Tensor) -> Weight | None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import mmap
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,19 +26,28 @@ from torch import Tensor
 from convert.mapping import Source
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+METADATA = "__metadata__"  # what no tensor can be called
 SHARD = 5_000_000_000  # bytes of one file
 ALIGNED = 8
+SMALL = 1 << 16  # bytes of a tensor that is read, larger ones are mapped
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -42,77 +55,140 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 Told = Callable[[str, int, int], None]  # what is told of progress: a name, bytes so far, bytes in all
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: in the bytes begin to end of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 class Folder:
-    """The tensors of a folder, or of one file, read when they are asked for; nothing of them stays in memory.
+    """The tensors of a folder, or of one file, read when they are asked for, each into memory of its own.
 
     Raises ValueError, with a sentence, for a folder without them, a file that is damaged or missing, and names that two files have.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files: dict[str, Any] = {}
-        self.places: dict[str, str] = {}
-        for file in self._files():
-            try:
-                self.files[file] = safe_open(file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read: {error}.") from None
-            for name in self.files[file].keys():  # noqa: SIM118
+        self.places: dict[str, Place] = {}
+        listed = self._listed()
+        for file in dict.fromkeys(listed.values()) if listed is not None else [self._whole()]:
+            for name, place in _places(file).items():
                 if name in self.places:
-                    raise ValueError(f"{path}: {name} is in {Path(self.places[name]).name} and in {Path(file).name}.")
-                self.places[name] = file
-        if self.listed is not None and (odd := sorted(self.listed.keys() ^ self.places.keys())):
+                    raise ValueError(f"{path}: {name} is in {self.places[name].file.name} and in {file.name}.")
+                self.places[name] = place
+        if listed is not None and (odd := sorted(listed.keys() ^ self.places.keys())):
             raise ValueError(f"{path / INDEX} and the files do not agree on {', '.join(odd[:8])}.")
 
-    def _files(self) -> list[str]:
-        self.listed: dict[str, str] | None = None
-        if self.path.is_file():
-            return [str(self.path)]
+    def _whole(self) -> Path:
+        """The one file that has everything."""
+        return self.path / WHOLE if self.path.is_dir() else self.path
+
+    def _listed(self) -> dict[str, Path] | None:
+        """Each tensor's file as an index says it, None where there is none or one file has everything: that is what others read."""
         index = self.path / INDEX
-        if index.is_file():
-            try:
-                listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self.listed = listed
-                if any(Path(file).name != file for file in listed.values()):
-                    raise ValueError("it names files elsewhere")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is not an index of safetensors files: {error}.") from None
-            return [str(self.path / file) for file in dict.fromkeys(listed.values())]
-        if (self.path / WHOLE).is_file():
-            return [str(self.path / WHOLE)]
-        raise ValueError(f"{self.path} has neither {WHOLE} nor {INDEX}.")
+        if self._whole().is_file():
+            return None
+        if not index.is_file():
+            raise ValueError(f"{self.path} has neither {WHOLE} nor {INDEX}.")
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if any(Path(file).name != file for file in listed.values()):
+                raise ValueError("it names files elsewhere")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files: {error}.") from None
+        return {name: self.path / file for name, file in listed.items()}
 
     def names(self) -> list[str]:
         return list(self.places)
 
     def meta(self, name: str) -> Tensor:
-        found = self.files[self.places[name]].get_slice(name)
-        dtype = DTYPES.get(found.get_dtype())
-        if dtype is None:
-            raise ValueError(f"{self.path}: {name} is of type {found.get_dtype()}, which is not read.")
-        return torch.empty(found.get_shape(), dtype=dtype, device="meta")
+        place = self.places[name]
+        return torch.empty(place.shape, dtype=self._dtype(name), device="meta")
 
     def get(self, name: str) -> Tensor:
-        made: Tensor = self.files[self.places[name]].get_tensor(name)
-        return made
+        """A tensor that nothing else is made of. A large one is a copy of the file's pages when it is written to, and lets go of
+        them at its end: a mapping of the whole file would keep all that was ever read."""
+        place, dtype = self.places[name], self._dtype(name)
+        size, inside = place.end - place.begin, place.begin % mmap.ALLOCATIONGRANULARITY
+        if not size:
+            return torch.empty(place.shape, dtype=dtype)
+        memory: bytearray | mmap.mmap
+        try:
+            with place.file.open("rb", buffering=0) as file:
+                if size >= SMALL and place.begin % dtype.itemsize == 0:
+                    memory = mmap.mmap(
+                        file.fileno(), size + inside, offset=place.begin - inside, access=mmap.ACCESS_COPY
+                    )
+                else:
+                    memory, inside = bytearray(os.pread(file.fileno(), size, place.begin)), 0
+            found = torch.frombuffer(memory, dtype=dtype, count=math.prod(place.shape), offset=inside)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{place.file} cannot be read any more: {error}.") from None
+        return found.view(place.shape)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = DTYPES.get(self.places[name].dtype)
+        if dtype is None:
+            raise ValueError(f"{self.path}: {name} is of type {self.places[name].dtype}, which is not read.")
+        return dtype
+
+
+def _places(file: Path) -> dict[str, Place]:
+    """The tensors of a file as they lie in it. Raises ValueError for one that is damaged or missing."""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a file")
+        with safe_open(file, "pt"):  # checks that they are what the header says, beside one another and all of the file
+            pass
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}.") from None
+    header.pop(METADATA, None)
+    start, places = 8 + length, dict[str, Place]()
+    for name, what in sorted(header.items(), key=lambda each: each[1]["data_offsets"]):
+        begin, end = (start + offset for offset in what["data_offsets"])
+        places[name] = Place(file, what["dtype"], tuple(what["shape"]), begin, end)
+    return places
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` when all has gone well; else nothing of it stays. Raises ValueError where `path`
-    is there and is not empty."""
-    if (path.is_dir() and any(path.iterdir())) or path.is_file():
+    is there and is not an empty folder."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already. Name a new folder, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    beside = _beside(path)
     beside.mkdir()
     try:
         yield beside
-        if path.is_dir():
-            path.rmdir()
-        os.rename(beside, path)
+        for made in (*beside.rglob("*"), beside):
+            _settle(made)
+        os.rename(beside, path)  # which takes the place of an empty folder
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    _settle(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nothing has. Not a process's number: what a killed one left has that of a later one in another container."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_folder(source: Source, folder: Path, shard: int = SHARD, told: Told | None = None) -> None:
@@ -131,18 +207,18 @@ def write_folder(source: Source, folder: Path, shard: int = SHARD, told: Told | 
         if len(shards) == 1
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
-    done = 0
+    done, total = 0, sum(sizes.values())
     for file, names in zip(files, shards, strict=True):
 
         def note(name: str, inside: int, whole: int, before: int = done) -> None:
             if told is not None:
-                told(name, before + inside, sum(sizes.values()))
+                told(name, before + inside, total)
 
         write_file(source, folder / file, names, note)
         done += sum(sizes[name] for name in names)
     if len(files) > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -153,28 +229,42 @@ def write_file(
     told: Told | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors of a source (all, or some) into one file, one after another; in memory there is one of them at a time."""
+    """Writes tensors of a source (all, or some) into one file, one after another; in memory there is one of them at a time.
+
+    The file is there when it is complete. Raises ValueError for names and dtypes that the format has not, before anything is read.
+    """
     # Larger elements first: every tensor then begins where its elements may, whatever is before it.
     metas = {name: source.meta(name) for name in (source.names() if names is None else names)}
     chosen = sorted(metas, key=lambda name: -metas[name].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(about or {})}}
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(about or {})}}
     end = 0
     for name in chosen:
         meta, size = metas[name], _bytes(metas[name])
+        if name == METADATA or meta.dtype not in NAMES:
+            raise ValueError(f"'{name}' of {meta.dtype} cannot be in a safetensors file.")
         header[name] = {"dtype": NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [end, end + size]}
         end += size
-    text = json.dumps(header).encode()
+    text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNED)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in chosen:
-            tensor = source.get(name).contiguous()
-            assert _bytes(tensor) == _bytes(metas[name]), name
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-            if told is not None:
-                told(name, header[name]["data_offsets"][1], end)
-        file.flush()
-        os.fsync(file.fileno())
+    beside = _beside(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in chosen:
+                _write(file, source.get(name), metas[name])
+                if told is not None:
+                    told(name, header[name]["data_offsets"][1], end)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, tensor: Tensor, meta: Tensor) -> None:
+    """Writes one tensor, of which nothing stays in memory: a variable of the loop would keep it until the next one is there."""
+    assert (tensor.dtype, tensor.shape) == (meta.dtype, meta.shape), (tensor.dtype, tensor.shape, meta)
+    file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _bytes(tensor: Tensor) -> int:

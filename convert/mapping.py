@@ -7,6 +7,7 @@ itself, so mappings are composed by mapping what is mapped, and tensors are made
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,11 +61,16 @@ class Mismatch(ValueError):
 
 def matches(pattern: str, name: str) -> tuple[str, ...] | None:
     """What the wildcards of a pattern stand for in a name, or None where it is another name."""
+    found = _compiled(pattern).fullmatch(name)
+    return None if found is None else found.groups()
+
+
+@functools.cache  # every name is held against every rule, and there may be many thousand experts
+def _compiled(pattern: str) -> re.Pattern[str]:
     pieces = WILDCARD.split(pattern)
     kinds = [r"([^.]*)" if found == "*" else r"(.+)" for found in WILDCARD.findall(pattern)]
     text = "".join(re.escape(piece) + kind for piece, kind in zip(pieces, [*kinds, ""], strict=True))
-    found = re.fullmatch(text, name)
-    return None if found is None else found.groups()
+    return re.compile(text, re.DOTALL)
 
 
 def filled(pattern: str, words: Sequence[str]) -> str:
@@ -247,14 +253,55 @@ def _listed(names: Sequence[str]) -> str:
 def fill(own: Mapping[str, Tensor], source: Source) -> dict[str, int]:
     """Copies every tensor of a source into that of the same name. Returns how many changed their dtype, by 'from to into'.
 
-    Raises Mismatch that lists what is missing, left over, or of another shape, before anything is changed.
+    The source must not be made of the same memory. Raises Mismatch that lists what is missing, left over, or of another shape,
+    before anything is changed.
     """
     same = Mapped(source, Rules((Rule(("**",), ("**",)),)), {name: t.shape for name, t in own.items()})
     told: dict[str, int] = {}
-    for name, tensor in own.items():
-        made = same.get(name)
-        if made.dtype != tensor.dtype:
-            words = f"{made.dtype} to {tensor.dtype}".replace("torch.", "")
-            told[words] = told.get(words, 0) + 1
-        tensor.copy_(made)
+    done: set[str] = set()
+    for name in same.names():  # in the source's order: what it makes together is asked for together
+        if name in done:
+            continue
+        made = [name]
+        if isinstance(source, Mapped) and _placed(source.moves[name], source.source, own):
+            made = list(source.moves[name].target)
+        else:
+            own[name].copy_(same.get(name))
+        done.update(made)
+        for each in made:
+            if (words := _cast(source.meta(each), own[each])) is not None:
+                told[words] = told.get(words, 0) + 1
     return told
+
+
+def _placed(move: Move, source: Source, own: Mapping[str, Tensor]) -> bool:
+    """Copies what a move reads to where it belongs, and makes nothing between, where its step only moves values: undone on the
+    target, it then gives views that have each value once. Returns whether it could."""
+    target = [own[name] for name in move.target]
+    try:
+        views = move.step.inverse(target)
+    except Unfit:
+        return False
+    memory = {t.untyped_storage().data_ptr() for t in target}
+    if any(view.untyped_storage().data_ptr() not in memory for view in views):
+        return False
+    if sum(view.numel() for view in views) != sum(t.numel() for t in target) or len(views) != len(move.source):
+        return False
+    if len({view.data_ptr() for view in views}) != len(views):
+        return False  # what is there twice begins twice at one place, however it is divided, and what is padded is not there
+    if any(view.shape != source.meta(name).shape for view, name in zip(views, move.source, strict=True)):
+        return False
+    for view, name in zip(views, move.source, strict=True):
+        view.copy_(source.get(name))
+    return True
+
+
+def _cast(made: Tensor, into: Tensor) -> str | None:
+    """Of which dtype a tensor was and is, where it was another."""
+    return f"{made.dtype} to {into.dtype}".replace("torch.", "") if made.dtype != into.dtype else None
+
+
+@torch.no_grad()
+def copies(source: Source) -> dict[str, Tensor]:
+    """Every tensor of a source in memory of its own; what a source gives may be a view of a model's parameters."""
+    return {name: source.get(name).clone(memory_format=torch.contiguous_format) for name in source.names()}

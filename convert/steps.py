@@ -2,45 +2,24 @@
 
 A step takes a list of tensors and gives another; `Chain` does one after another. Tensors without memory (meta) go through as
 well, so shapes are known, and refused, before anything is read. Nothing changes its input; outputs may be views of it.
+Dimensions that are numbers of one axis count from the right, so that they mean the same for one expert and for a stack of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.layout import Layout
+from convert.base import Paired, Step, Tensors, Unfit, alike, joined, one, shape, sized, stacked
+from core.layout import Layout, relayout
+from variations.pkl import effective
 
-Tensors = Sequence[Tensor]
-
-
-class Unfit(ValueError):
-    """Tensors that a step cannot take. The message has both shapes; who knows the weights' names puts them before it."""
-
-
-class Step(Protocol):
-    """Raises Unfit for tensors of another number or shape than it is for."""
-
-    def __call__(self, tensors: Tensors) -> list[Tensor]: ...
-
-    @property
-    def inverse(self) -> Step: ...
-
-
-def shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def one(tensors: Tensors, what: str) -> Tensor:
-    """The only tensor. Raises Unfit where there are more or none."""
-    if len(tensors) != 1:
-        raise Unfit(f"{what} takes one tensor, and there are {len(tensors)}")
-    return tensors[0]
+__all__ = ["Step", "Tensors", "Unfit", "one", "shape"]  # of the base, for those who use steps
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 @dataclass(frozen=True)
@@ -78,101 +57,78 @@ class Each:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Paired):
     """One tensor into parts of these sizes along a dimension, counted from the right."""
 
     dim: int
     sizes: tuple[int, ...]
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        whole = one(tensors, "a split")
-        if whole.dim() < -self.dim or whole.shape[self.dim] != sum(self.sizes):
-            told = " + ".join(map(str, self.sizes))
-            raise Unfit(f"it is {shape(whole)}, and dimension {self.dim} should be {told} = {sum(self.sizes)}")
-        return list(whole.split(self.sizes, self.dim))
-
-    @property
-    def inverse(self) -> Step:
-        return Concatenate(self.dim, self.sizes)
+        total = sum(self.sizes)
+        told = f"be {' + '.join(map(str, self.sizes))} = {total}"
+        return list(sized(one(tensors, "a split"), self.dim, total, told).split(self.sizes, self.dim))
 
 
 @dataclass(frozen=True)
-class Concatenate:
+class Concatenate(Paired):
     """Tensors of these sizes along a dimension, counted from the right, into one."""
 
     dim: int
     sizes: tuple[int, ...]
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        if len(tensors) != len(self.sizes):
-            raise Unfit(f"{len(self.sizes)} tensors are put together, and there are {len(tensors)}")
-        rest = [s[: len(s) + self.dim] + s[len(s) + self.dim + 1 :] for s in map(shape, tensors)]
-        for t, size, other in zip(tensors, self.sizes, rest, strict=True):
-            if t.dim() < -self.dim or t.shape[self.dim] != size or other != rest[0]:
-                wanted = [*rest[0][: len(rest[0]) + self.dim + 1], size, *rest[0][len(rest[0]) + self.dim + 1 :]]
+        parts = alike(tensors, len(self.sizes), "tensors are put together", shaped=False)
+        for t, size in zip(parts, self.sizes, strict=True):
+            wanted = shape(sized(parts[0], self.dim, self.sizes[0], f"be {self.sizes[0]}"))
+            wanted[self.dim] = size
+            if shape(t) != wanted:
                 raise Unfit(f"it is {shape(t)}, not {wanted}")
-        return [torch.cat(list(tensors), self.dim)]
-
-    @property
-    def inverse(self) -> Step:
-        return Split(self.dim, self.sizes)
+        return [joined(parts, self.dim)]
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Paired):
     """A weight of several parts into these, in the order of its layout, the groups of each part together."""
 
     layout: Layout
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        return list(_fits(lambda whole: self.layout.split(whole), one(tensors, "a layout")).values())
-
-    @property
-    def inverse(self) -> Step:
-        return Join(self.layout)
+        whole = one(tensors, "a layout")
+        try:
+            return list(self.layout.split(whole).values())
+        except ValueError as error:
+            raise Unfit(f"it is {shape(whole)}: {error}") from None
 
 
 @dataclass(frozen=True)
-class Join:
+class Join(Paired):
     """The parts of a weight, in the order of its layout, into one."""
 
     layout: Layout
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         labels = self.layout.labels()
-        if len(tensors) != len(labels):
-            raise Unfit(f"{len(labels)} parts are put together, and there are {len(tensors)}")
+        parts = alike(tensors, len(labels), "parts are put together", shaped=False)
+        if self.layout.parts and parts[0].dim() < -self.layout.dim:
+            raise Unfit(f"a part is {shape(parts[0])}, which has no dimension {self.layout.dim}")
         try:
-            return [self.layout.join(dict(zip(labels, tensors, strict=True)))]
+            return [self.layout.join(dict(zip(labels, parts, strict=True)))]
         except ValueError as error:
             raise Unfit(str(error)) from None
 
-    @property
-    def inverse(self) -> Step:
-        return Parts(self.layout)
-
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Paired):
     """So many tensors of one shape into one with a new first axis."""
 
     count: int
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        if len(tensors) != self.count:
-            raise Unfit(f"{self.count} tensors are stacked, and there are {len(tensors)}")
-        for t in tensors:
-            if t.shape != tensors[0].shape:
-                raise Unfit(f"it is {shape(t)}, not {shape(tensors[0])} as the first of those it is stacked with")
-        return [torch.stack(list(tensors))]
-
-    @property
-    def inverse(self) -> Step:
-        return Unstack(self.count)
+        return [stacked(alike(tensors, self.count, "tensors are stacked"))]
 
 
 @dataclass(frozen=True)
-class Unstack:
+class Unstack(Paired):
     """One tensor into those along its first axis."""
 
     count: int
@@ -183,13 +139,9 @@ class Unstack:
             raise Unfit(f"it is {shape(whole)}, not a stack of {self.count}")
         return list(whole.unbind(0))
 
-    @property
-    def inverse(self) -> Step:
-        return Stack(self.count)
-
 
 @dataclass(frozen=True)
-class Copies:
+class Copies(Paired):
     """One tensor for so many places that hold it alike."""
 
     count: int
@@ -197,31 +149,21 @@ class Copies:
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         return [one(tensors, "a copy")] * self.count
 
-    @property
-    def inverse(self) -> Step:
-        return Agree(self.count)
-
 
 @dataclass(frozen=True)
-class Agree:
-    """The one tensor that so many places hold. Raises Unfit where they do not hold the same."""
+class Agree(Paired):
+    """The one tensor that so many places hold, compared bit for bit. Raises Unfit where they do not hold the same."""
 
     count: int
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        if len(tensors) != self.count:
-            raise Unfit(f"{self.count} copies are compared, and there are {len(tensors)}")
-        first = tensors[0]
+        first = alike(tensors, self.count, "copies are compared")[0]
         for i, t in enumerate(tensors):
-            if t.shape != first.shape:
-                raise Unfit(f"copy {i} is {shape(t)}, not {shape(first)}")
-            if not t.is_meta and not torch.equal(t, first):
-                raise Unfit(f"copy {i} differs from the first in {int((t != first).sum())} of {t.numel()} values")
+            # As integers: what is not a number agrees with itself, and there are dtypes that cannot be compared.
+            ours, theirs = (x.contiguous().view(BITS[x.element_size()]) for x in (first, t))
+            if not t.is_meta and not torch.equal(ours, theirs):
+                raise Unfit(f"copy {i} differs from the first in {int((ours != theirs).sum())} of {t.numel()} values")
         return [first]
-
-    @property
-    def inverse(self) -> Step:
-        return Copies(self.count)
 
 
 @dataclass(frozen=True)
@@ -253,6 +195,8 @@ class Batched:
         if len(tensors) % self.size:
             raise Unfit(f"lists of {self.size} are made, and there are {len(tensors)} tensors")
         made = [self.step(tensors[i : i + self.size]) for i in range(0, len(tensors), self.size)]
+        if any(len(some) != self.out for some in made):
+            raise Unfit(f"{self.out} tensors should be made of each list, and there are {[len(some) for some in made]}")
         return [t for some in made for t in some]
 
     @property
@@ -271,8 +215,11 @@ class Relayout:
     target: Layout
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        parts = _fits(lambda whole: self.source.split(whole), one(tensors, "a layout"))
-        return [self.target.join(parts)]
+        whole = one(tensors, "a layout")
+        try:
+            return [relayout(whole, self.source, self.target)]
+        except ValueError as error:
+            raise Unfit(f"it is {shape(whole)}: {error}") from None
 
     @property
     def inverse(self) -> Step:
@@ -287,8 +234,8 @@ class Permute:
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         t = one(tensors, "a permutation")
-        if t.dim() != len(self.dims):
-            raise Unfit(f"it is {shape(t)}, and {len(self.dims)} axes are permuted")
+        if sorted(self.dims) != list(range(t.dim())):
+            raise Unfit(f"it is {shape(t)}, and {self.dims} is not an order of its axes")
         return [t.permute(self.dims)]
 
     @property
@@ -308,8 +255,8 @@ class Reshape:
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         t = one(tensors, "a shape")
-        if tuple(t.shape) != self.source:
-            raise Unfit(f"it is {shape(t)}, not {list(self.source)}")
+        if tuple(t.shape) != self.source or t.numel() != math.prod(self.target) or min(self.target, default=0) < 0:
+            raise Unfit(f"it is {shape(t)}, and {list(self.source)} should become {list(self.target)}")
         return [t.reshape(self.target)]
 
     @property
@@ -324,7 +271,8 @@ class Add:
     value: float
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        return [one(tensors, "a constant") + self.value]
+        t = one(tensors, "a constant")
+        return [t.new_empty(t.shape) if t.is_meta else t + self.value]
 
     @property
     def inverse(self) -> Step:
@@ -332,7 +280,7 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Pad:
+class Pad(Paired):
     """A dimension, counted from the right, filled up with zeros from one size to a larger one."""
 
     dim: int
@@ -340,18 +288,14 @@ class Pad:
     padded: int
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        t = one(tensors, "padding")
-        if t.dim() < -self.dim or t.shape[self.dim] != self.size or self.padded < self.size:
-            raise Unfit(f"it is {shape(t)}, and dimension {self.dim} should grow from {self.size} to {self.padded}")
+        t = sized(one(tensors, "padding"), self.dim, self.size, f"grow from {self.size} to {self.padded}")
+        if self.padded < self.size:
+            raise Unfit(f"it is {shape(t)}, and {self.size} cannot grow to {self.padded}")
         return [F.pad(t, (0, 0) * (-self.dim - 1) + (0, self.padded - self.size))]
-
-    @property
-    def inverse(self) -> Step:
-        return Cut(self.dim, self.size, self.padded)
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(Paired):
     """A dimension cut back to what it was before it was filled up. What is cut off is lost: nothing refers to such rows."""
 
     dim: int
@@ -359,18 +303,14 @@ class Cut:
     padded: int
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
-        t = one(tensors, "a cut")
-        if t.dim() < -self.dim or t.shape[self.dim] != self.padded:
-            raise Unfit(f"it is {shape(t)}, and dimension {self.dim} should be {self.padded}")
+        t = sized(one(tensors, "a cut"), self.dim, self.padded, f"be {self.padded}, of which {self.size} stay")
+        if self.padded < self.size:
+            raise Unfit(f"it is {shape(t)}, and {self.size} of {self.padded} cannot stay")
         return [t.narrow(self.dim, 0, self.size)]
-
-    @property
-    def inverse(self) -> Step:
-        return Pad(self.dim, self.size, self.padded)
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(Paired):
     """The weight that multiplies into the numbers it is a sum of: [a, b] of a + scale * b. All of it is a's, or each has a share.
 
     share: b's part of the sum. What is lost on the way back is how the sum was divided.
@@ -381,17 +321,16 @@ class Numbers:
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         whole = one(tensors, "a sum")
+        if self.share and not self.scale:
+            raise Unfit(f"b is multiplied by 0, so its share of the sum cannot be {self.share}")
         b = whole * (self.share / self.scale) if self.share else torch.zeros_like(whole)
-        return [torch.stack((whole - self.scale * b if self.share else whole, b))]
-
-    @property
-    def inverse(self) -> Step:
-        return Sum(self.scale, self.share)
+        a = effective(stacked((whole, b)), _number(-self.scale, whole)) if self.share else whole
+        return [stacked((a, b))]
 
 
 @dataclass(frozen=True)
-class Sum:
-    """a + scale * b of [a, b]."""
+class Sum(Paired):
+    """a + scale * b of [a, b], rounded as the model does it."""
 
     scale: float
     share: float = 0.0
@@ -400,16 +339,17 @@ class Sum:
         numbers = one(tensors, "a sum")
         if numbers.dim() == 0 or len(numbers) != 2:
             raise Unfit(f"it is {shape(numbers)}, not two numbers [2, ...]")
-        return [numbers[0] + self.scale * numbers[1]]
-
-    @property
-    def inverse(self) -> Step:
-        return Numbers(self.scale, self.share)
+        return [effective(numbers, _number(self.scale, numbers))]
 
 
-def _fits(act: object, whole: Tensor) -> dict[tuple[str, ...], Tensor]:
-    try:
-        made: dict[tuple[str, ...], Tensor] = act(whole)  # type: ignore[operator]
-    except ValueError as error:
-        raise Unfit(f"it is {shape(whole)}: {error}") from None
-    return made
+def _number(scale: float, beside: Tensor) -> Tensor:
+    """A scale as a model has it: of torch's usual dtype, whatever the weights' is."""
+    return torch.tensor(scale, device=beside.device)
+
+
+Split.partner, Concatenate.partner = Concatenate, Split
+Parts.partner, Join.partner = Join, Parts
+Stack.partner, Unstack.partner = Unstack, Stack
+Copies.partner, Agree.partner = Agree, Copies
+Pad.partner, Cut.partner = Cut, Pad
+Numbers.partner, Sum.partner = Sum, Numbers
