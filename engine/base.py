@@ -81,10 +81,12 @@ def load_base(model: nn.Module, named: str) -> None:
 
 def _load_hugging_face(model: Any, folder: Path) -> None:
     from convert import huggingface
+    from convert.effective import numbered
     from convert.mapping import fill
 
     try:
-        told = fill(_bare(weights(model)), huggingface.mapped(folder, model.config))
+        source = numbered(huggingface.mapped(folder, model.config), model.config)
+        told = fill(_bare(weights(model)), source)
     except ValueError as error:
         raise ConfigError(f"{folder}: the run cannot start from it: {error}") from None
     print(f"weights of {folder}" + "".join(f", {count} tensors {words}" for words, count in told.items()))

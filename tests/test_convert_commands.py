@@ -320,3 +320,30 @@ def test_there_and_back_with_megatron(home: Path, sizes: tuple[str, ...], capsys
     assert command("import", "whole" if sizes else "core", "back", "--base", "base") == 0
     assert "decoder.layers" in capsys.readouterr().out
     assert command("check", "base", "back") == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_weights_become_sums_of_two_numbers(home: Path, share: float, capsys: Captured) -> None:
+    """a + scale * b stays what was read: all of it a, or b has a share."""
+    tuned = json.loads((home / "files/tuned.yaml").read_text())
+    tuned["name"] = "sums"
+    tuned["model"] |= {"linear": {"variant": "pkl", "scale": 0.5}, "stack_layers": True}
+    runs.write(home / "files/sums.yaml", tuned)
+    assert train.main(["--config", "files/sums.yaml"]) == 0
+    run = run_of(home, "sums")
+    assert command("export", str(run), "again") == 0
+    assert (
+        "14 weights are written as what multiplies" not in (out := capsys.readouterr().out) and "a + scale * b" in out
+    )
+    assert command("check", "again", "files/llama") == 0
+    assert command("import", "files/llama", "split", "--base", str(run), "--share", str(share)) == 0
+    saved = latest(home / "split/checkpoint", ["model"])
+    assert saved is not None
+    a, b = saved.model()["h.1.attn.qkv.weight"].unbind(0)
+    whole = torch.cat(
+        [load_file("files/llama/model.safetensors")[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
+    )
+    torch.testing.assert_close(0.5 * b, share * whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a + 0.5 * b, whole, rtol=0 if not share else 1e-6, atol=0)
+    assert command("export", "split", "split_again") == 0
+    assert command("check", "split_again", "files/llama", "--tolerance", "0" if not share else "1e-7") == 0

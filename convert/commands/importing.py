@@ -9,6 +9,7 @@ from typing import Any
 
 from convert import huggingface
 from convert.commands.telling import Progress
+from convert.effective import numbered
 from convert.files import Told, new_folder, write_file
 from convert.mapping import Mapped, Source, Tensors
 from convert.places import RANKS, assembled, hugging_face, node_of, run_config
@@ -32,12 +33,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=Path,
         metavar="RUN_DIR",
-        help="PEFT: the run that the adapters are for; others: a run with such a model",
+        help="PEFT: the run that the adapters are for; others: a run whose model takes the weights",
     )
     parser.add_argument(
         "--family",
         choices=sorted(huggingface.FAMILIES),
         help="PEFT: whose form the adapters have; else the first that can",
+    )
+
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.0,
+        help="of weights that are a + scale * b: b's part of the sum (default 0: all is a)",
     )
 
 
@@ -47,9 +55,9 @@ def act(given: argparse.Namespace) -> int:
     if (folder / ADAPTERS).is_file():
         tree, source, told = _adapters(folder, given)
     elif (folder / huggingface.CONFIG).is_file() or given.base is None:
-        tree, source, told = _hugging_face(folder)
+        tree, source, told = _hugging_face(folder, given)
     else:
-        tree, source, told = _like(folder, given.base)
+        tree, source, told = _like(folder, given)
     print("\n".join(told), flush=True)
     with Progress("read") as progress:
         write_run(tree, source, given.run, progress)
@@ -68,7 +76,11 @@ def write_run(tree: Mapping[str, Any], source: Source, run: Path, told: Told | N
         (beside / "config.yaml").write_text(dump(tree), encoding="utf-8")
 
 
-def _hugging_face(folder: Path) -> tuple[dict[str, Any], Source, list[str]]:
+def _hugging_face(folder: Path, given: argparse.Namespace) -> tuple[dict[str, Any], Source, list[str]]:
+    if given.base is not None:  # a model of its own choice for the same weights
+        model = assembled(given.base)[0].config
+        mapped = huggingface.mapped(folder, model)
+        return _of_run(given.base), numbered(mapped, model, given.share), lines(mapped)
     mapped = hugging_face(folder)
     tree: dict[str, Any] = {"model": node_of(folder)}
     if (folder / "tokenizer.json").is_file():
@@ -90,8 +102,9 @@ def _adapters(folder: Path, given: argparse.Namespace) -> tuple[dict[str, Any], 
     return tree, Tensors(weights(made)), [f"{theirs}  ->  {ours}" for theirs, ours in imported.sources.items()]
 
 
-def _like(folder: Path, base: Path) -> tuple[dict[str, Any], Source, list[str]]:
+def _like(folder: Path, given: argparse.Namespace) -> tuple[dict[str, Any], Source, list[str]]:
     """Weights that say nothing of their model, as another run's."""
+    base: Path = given.base
     model, _ = assembled(base)
     if (folder / RANKS).is_file():
         from convert import ranks
@@ -99,7 +112,7 @@ def _like(folder: Path, base: Path) -> tuple[dict[str, Any], Source, list[str]]:
         return _of_run(base), ranks.whole(folder), []
     from convert import megatron
 
-    mapped: Mapped = megatron.mapped(megatron.opened(folder), model)
+    mapped: Mapped = megatron.mapped(megatron.opened(folder), model, share=given.share)
     return _of_run(base), mapped, lines(mapped)
 
 
