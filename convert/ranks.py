@@ -100,7 +100,7 @@ class Sharding:
     def _plan(self, name: str, weight: Weight) -> None:
         """Carries one weight's way out without memory."""
         try:
-            move = self._move(name, weight)
+            move = self.move_of(name, weight)
             made = move.step([weight.meta])
         except ValueError as error:
             self.wrong.append(f"{name} {list(weight.shape)}, of kind {weight.kind}: {error}.")
@@ -112,7 +112,7 @@ class Sharding:
                 self.wrong.append(f"Rank {rank} would have two tensors named {local}, of {name} and of another weight.")
             self.ranks[rank][local], self.origin[rank][local] = meta, (name, i)
 
-    def _move(self, name: str, weight: Weight) -> Move:
+    def move_of(self, name: str, weight: Weight) -> Move:
         steps, inner = [shards(weight, self.sizes)], owners(weight, self.sizes)
         found, names = self.naming.layer(name), [(0, name)]
         if found is not None:
@@ -284,15 +284,15 @@ def write(source: Source, sharding: Sharding, folder: Path, told: Told | None = 
     done = 0
     with new_folder(folder) as made:
         ranks, digest = sharding.sizes.count, sharding.digest()
-        sheets = [_Sheet(made / file_of(rank, ranks), sharding, rank, digest) for rank in range(ranks)]
+        sheets = [Sheet(made / file_of(rank, ranks), sharding, rank, digest) for rank in range(ranks)]
         for move in sharding.moves.values():
-            done += _put(move, source, sheets)
+            done += put(move, source, sheets)
             if told is not None:
                 told(move.name, done, total)
         (made / PLAN).write_text(json.dumps(sharding.tree(), indent=1) + "\n", encoding="utf-8")
 
 
-def _put(move: Move, source: Source, sheets: Sequence[_Sheet]) -> int:
+def put(move: Move, source: Source, sheets: Sequence[Sheet]) -> int:
     """Writes one weight's tensors, of which nothing stays in memory. Returns their bytes."""
     made = move.step([source.get(move.name)])
     for (rank, local), tensor in zip(move.places, made, strict=True):
@@ -300,7 +300,7 @@ def _put(move: Move, source: Source, sheets: Sequence[_Sheet]) -> int:
     return sum(map(_bytes, made))
 
 
-class _Sheet:
+class Sheet:
     """A file of one rank, whose tensors are put in their places in any order."""
 
     def __init__(self, path: Path, sharding: Sharding, rank: int, plan: str) -> None:

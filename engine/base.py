@@ -89,6 +89,8 @@ def _load_hugging_face(model: Any, folder: Path) -> None:
         told = fill(_bare(weights(model)), source)
     except ValueError as error:
         raise ConfigError(f"{folder}: the run cannot start from it: {error}") from None
+    for difference in huggingface.unlike(folder, model.config):
+        print(f"not as in {folder}: {difference}")
     print(f"weights of {folder}" + "".join(f", {count} tensors {words}" for words, count in told.items()))
 
 

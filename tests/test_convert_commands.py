@@ -97,7 +97,15 @@ def test_a_run_starts_from_a_folder(home: Path, made: GPT) -> None:
     own = weights(made)
     assert saved.model().keys() == own.keys()
     assert all(torch.equal(saved.model()[name], tensor) for name, tensor in own.items())
-    assert f"weights of {home / 'files/llama'}" in (run / "attempt-1.log").read_text()
+    log = (run / "attempt-1.log").read_text()
+    assert f"weights of {home / 'files/llama'}" in log and "not as in" not in log
+
+
+def test_a_model_may_be_another_where_weights_fit_and_that_is_told(home: Path, capsys: Captured) -> None:
+    assert train.main(["--config", "files/tuned.yaml", "model.activation=gelu", "model.position.base=500"]) == 0
+    out = capsys.readouterr().out
+    assert "the activation is 'gelu', and the checkpoint has 'silu'" in out
+    assert "base of the position is 500.0, and the checkpoint would have 10000.0" in out
 
 
 def test_what_a_folder_holds_is_part_of_a_run(home: Path, capsys: Captured) -> None:

@@ -182,6 +182,9 @@ def test_the_one_prepared_for_a_checkpoint_is_nobodys_default(home: Path) -> Non
 
 def test_the_vocabulary_of_the_model_may_be_larger_and_not_smaller(home: Path, capsys: Captured) -> None:
     assert train.main(["--config", "x.yaml", "model.vocab_size=320"]) == 0
+    (folder,) = (path.parent for path in home.glob("runs/x/*/result.json"))
+    for seed in ("1", "2"):  # of tokens that nearly all are equally likely, some of which stand for nothing
+        assert sample.main([str(folder), "--tokens", "60", "--temperature", "9", "--seed", seed]) == 0
     told = refused(capsys, "--config", "x.yaml", f"model.vocab_size={SIZE - 1}")
     assert told.startswith(f"model.vocab_size: {SIZE - 1} is smaller than the data's vocabulary of {SIZE}")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from convert.files import Folder, Told, new_folder, write_folder
 from convert.huggingface import bamba, gemma, gpt2, llama, mamba2, mixtral, phi3, qwen3, qwen3_moe
-from convert.huggingface.family import Family
-from convert.huggingface.ours import Multiplied, Ours
+from convert.huggingface.family import Family, configured
+from convert.huggingface.ours import Multiplied, Ours, differences
 from convert.mapping import Mapped, Source
 from convert.quantised import dequantised
 from core.options import nearest
@@ -60,6 +60,12 @@ def mapped(folder: Path, model: ModelConfig, source: Source | None = None) -> Ma
     family, config = _config(folder)
     source = dequantised(Folder(folder) if source is None else source, config)
     return Mapped(source, family.rules(model, source.names()), Ours(model).shapes)
+
+
+def unlike(folder: Path, model: ModelConfig) -> list[str]:
+    """In what a model is another than a folder's own, as sentences, where weights fit both: that may be meant."""
+    found = differences(Ours(model), Ours(configured(model_node(folder))), ("block_size",))
+    return [told.replace("the family", "the checkpoint") for told in found]
 
 
 def digest(folder: Path) -> str:

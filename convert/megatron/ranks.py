@@ -20,7 +20,7 @@ from convert.files import Folder, Told, new_folder
 from convert.kinds import Sizes, Weight
 from convert.mapping import Mapped, Rules, Source, rule
 from convert.megatron.names import EMBEDDING, OUTPUT
-from convert.ranks import Move, Naming, Sharding, Whole, _put, _Sheet
+from convert.ranks import Move, Naming, Sharding, Sheet, Whole, put
 from convert.steps import Cut
 from core.layout import Layout
 
@@ -101,8 +101,8 @@ def _count(names: Container[str], found: re.Match[str]) -> int:
 class Divided(Sharding):
     """A plan with core's names: on each expert-parallel rank experts are counted from 0."""
 
-    def _move(self, name: str, weight: Weight) -> Move:
-        move = super()._move(name, weight)
+    def move_of(self, name: str, weight: Weight) -> Move:
+        move = super().move_of(name, weight)
         if weight.expert is None:
             return move
         number, count = weight.expert
@@ -217,9 +217,9 @@ def write(source: Source, sizes: Sizes, folder: Path, multiple: int | None = Non
         for rank in range(sizes.count):
             path = made / folder_of(sizes, rank)
             path.mkdir()
-            sheets.append(_Sheet(path / FILE, sharding, rank, digest))
+            sheets.append(Sheet(path / FILE, sharding, rank, digest))
         for move in sharding.moves.values():
-            done += _put(move, source, sheets)
+            done += put(move, source, sheets)
             if told is not None:
                 told(move.name, done, total)
 
