@@ -60,7 +60,7 @@ class _TooMuch(yaml.MarkedYAMLError):
     """A file that is too deep or too long."""
 
 
-class _Scalars(yaml.SafeLoader):
+class Scalars(yaml.SafeLoader):
     """PyYAML's safe scalars with OmegaConf's numbers and without dates; refuses what is too deep or too much to read."""
 
     written = depth = 0
@@ -76,11 +76,11 @@ class _Scalars(yaml.SafeLoader):
         return node
 
 
-_Scalars.yaml_implicit_resolvers = {
+Scalars.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag not in (f"{_TAG}timestamp", f"{_TAG}float")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Scalars.add_implicit_resolver(
+Scalars.add_implicit_resolver(
     f"{_TAG}float",
     re.compile(
         r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -100,7 +100,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 @dataclass
-class _Builder:
+class Builder:
     """Turns a node graph into plain values, counting what aliases expand to."""
 
     name: str
@@ -199,9 +199,9 @@ def load_text(text: str, name: str) -> Loaded:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name} is larger than {MAX_BYTES:,} bytes.")
     try:
-        loader = _Scalars(text)
+        loader = Scalars(text)
         root = loader.get_single_node()
-        builder = _Builder(name, loader)
+        builder = Builder(name, loader)
         tree = None if root is None else builder.build(root, ())
     except _TooMuch as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from core.options import Path
-from core.yaml_files import MAX_BYTES, ConfigError, _Builder, _Scalars, shown
+from core.yaml_files import MAX_BYTES, Builder, ConfigError, Scalars, shown
 
 
 class _YAML(yaml.SafeLoader):
@@ -60,8 +60,8 @@ def read_documents(path: File) -> tuple[list[Any], dict[Path, str], list[str]]:
     made: list[Any] = []
     told: list[str] = []
     try:
-        loader = _Scalars(text.replace("\t", " ")) if json else _YAML(text)
-        builder = _Builder(shown(path), loader)
+        loader = Scalars(text.replace("\t", " ")) if json else _YAML(text)
+        builder = Builder(shown(path), loader)
         while loader.check_node():
             node = loader.get_node()
             assert node is not None
