@@ -538,7 +538,9 @@ def peak(act: Callable[[bool], object], folder: Path) -> float:
     is for that), else the gaps between the blocks of an allocator would be counted as well."""
 
     def measured() -> None:
-        ctypes.CDLL(None).mallopt(-3, SMALL)
+        libc = ctypes.CDLL(None)  # earlier tests of this process may have asked it to keep freed memory
+        libc.mallopt(-4, 65536)
+        libc.mallopt(-3, SMALL)
         act(True)
         before = kilobytes("VmRSS")
         act(False)
