@@ -337,7 +337,7 @@ def test_magnitudes_of_rows_without_dora_are_their_norms(tmp_path: Path) -> None
 
 MAMBA: dict[str, Any] = {
     "norm": "rmsnorm", "position": "none", "mlp": "none", "bias": False, "activation": "silu", "tie_weights": True,
-    "attention": {"variant": "mamba2"},
+    "attention": {"variant": "mamba2", "norm_eps": 1e-6},  # theirs has one for all norms
 }  # fmt: skip
 TWO: dict[str, Any] = {"qv": {"match": "h.*.attn.qkv[q,v]", "lora": L}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

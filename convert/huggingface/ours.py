@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -65,6 +66,8 @@ class Ours:
             ones = (1.0,) * (int(c.head_width * o.fraction) // 2)
             factor = o.factor or c.block_size / o.original_length
             o = replace(o, factor=factor, short_factors=o.short_factors or ones, long_factors=o.long_factors or ones)
+        if node.name == "mamba2" and o.head_dim is None:
+            o = replace(o, head_dim=math.gcd(o.expand * c.n_embd, 64))
         return replace(node, options=o)
 
     def option(self, path: str, name: str, default: Any = None) -> Any:
