@@ -155,7 +155,12 @@ def test_in_and_out_again(home: Path, capsys: Captured) -> None:
         in out
     )
     assert command("export", "imported", "again") == 0
-    assert "a model of the family llama" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        "a model of the family llama" in out
+        and "h.*.mlp.gate_up.weight  48 x 16" in out
+        and "{gate_proj,up_proj}" in out
+    )
     one, two = (load_file(Path(folder) / "model.safetensors") for folder in ("files/llama", "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     configs = [json.loads((Path(folder) / "config.json").read_text()) for folder in ("files/llama", "again")]

@@ -14,6 +14,7 @@ from convert.effective import effective_weights
 from convert.files import Told
 from convert.mapping import Tensors
 from convert.places import assembled
+from convert.table import lines
 from core.lora import adapted, merge
 from core.rules import Row
 from core.weights import weights
@@ -45,8 +46,8 @@ def act(given: argparse.Namespace) -> int:
     """Writes the folder, whole or not at all, and says what there is to say."""
     model, rows = assembled(given.run)
     with Progress("written") as told:
-        lines = FORMATS[given.to](given, model, rows, told)
-    for line in lines:
+        said = FORMATS[given.to](given, model, rows, told)
+    for line in said:
         print(line)
     return 0
 
@@ -54,8 +55,9 @@ def act(given: argparse.Namespace) -> int:
 def _hugging_face(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told) -> Lines:
     """Adapters are merged."""
     family = given.family or huggingface.pick_family(model.config)
+    table = lines(huggingface.outward(model, family))
     notes = huggingface.write(model, family, given.folder, DTYPES.get(given.dtype), told)
-    return [*(f"{note}." for note in notes), f"{given.folder}: a model of the family {family}"]
+    return [*table, *(f"{note}." for note in notes), f"{given.folder}: a model of the family {family}"]
 
 
 def _peft(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told) -> Lines:
@@ -78,8 +80,9 @@ def _megatron(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told
     source = Tensors({name: t for name, t in effective_weights(model).items() if name in own})
     how = {"zero_centred": given.zero_centred, "multiple": given.multiple, "told": told}
     megatron.export(source, model, given.folder, sizes, **how)
+    table = lines(megatron.exported(source, model, megatron.Form(zero_centred=given.zero_centred)))
     what = "a distributed checkpoint" if sizes is None else f"{sizes.count} ranks"
-    return [*notes, f"{given.folder}: {what} of megatron-core"]
+    return [*notes, *table, f"{given.folder}: {what} of megatron-core"]
 
 
 def _ranks(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told) -> Lines:

@@ -78,6 +78,12 @@ def digest(folder: Path) -> str:
     return made.hexdigest()[:16]
 
 
+def outward(model: GPT, family: str) -> Mapped:
+    """A model's weights under a family's names, as what multiplies; adapters are merged into them. Raises ValueError."""
+    ours = Ours(model.config)
+    return Mapped(Multiplied(model, ours), FAMILIES[family].rules(model.config).inverse)
+
+
 class Cast:
     """A source on the processor, in another dtype where one is given."""
 

@@ -9,8 +9,10 @@ from convert.files import Told
 from convert.kinds import Sizes
 from convert.mapping import Source
 from convert.megatron import checkpoint, ranks
-from convert.megatron.names import Form, exported, padded
+from convert.megatron.names import Form as Form
+from convert.megatron.names import exported as exported
 from convert.megatron.names import mapped as mapped
+from convert.megatron.names import padded
 from convert.megatron.names import recognised as recognised
 from model import GPT
 
