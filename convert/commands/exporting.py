@@ -55,9 +55,12 @@ def act(given: argparse.Namespace) -> int:
 def _hugging_face(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told) -> Lines:
     """Adapters are merged."""
     family = given.family or huggingface.pick_family(model.config)
-    table = lines(huggingface.outward(model, family))
     notes = huggingface.write(model, family, given.folder, DTYPES.get(given.dtype), told)
-    return [*table, *(f"{note}." for note in notes), f"{given.folder}: a model of the family {family}"]
+    return [
+        *lines(huggingface.outward(model, family)),
+        *(f"{note}." for note in notes),
+        f"{given.folder}: a model of the family {family}",
+    ]
 
 
 def _peft(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told) -> Lines:
