@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from core.saved import latest
 from core.weights import load_weights
 from core.yaml_files import HUGGING_FACE, ConfigError
 from core.yaml_files import load_file as load_yaml
-from gpt_conf import ModelConfig
 from model import GPT, assemble, fill
 from train_args import Config
 from variations import CATALOGUE
@@ -67,16 +65,6 @@ def saved_tensors(folder: Path) -> Mapping[str, Tensor]:
     return found.model()
 
 
-def node_of(folder: Path) -> dict[str, Any]:
-    """The `model` node of a folder in Hugging Face's format. Raises ValueError."""
-    return huggingface.model_node(folder)
-
-
-def model_of(folder: Path) -> ModelConfig:
-    """The same as a configuration."""
-    return configured(node_of(folder))
-
-
 def opened(given: str) -> Source:
     """The weights at a path under our names. 'hf:' may stand before a folder. Raises ValueError where it is none of these."""
     path = Path(given.removeprefix(HUGGING_FACE))
@@ -95,4 +83,4 @@ def opened(given: str) -> Source:
 
 def hugging_face(folder: Path) -> Mapped:
     """A folder's weights under our names. Raises ValueError for what our models cannot represent."""
-    return huggingface.mapped(folder, model_of(folder))
+    return huggingface.mapped(folder, configured(huggingface.model_node(folder)))

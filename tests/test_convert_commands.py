@@ -327,7 +327,10 @@ def test_ranks_and_other_ranks(home: Path, adapted: Path, capsys: Captured) -> N
 @pytest.mark.parametrize("sizes", [(), ("--tensor", "2")])
 def test_there_and_back_with_megatron(home: Path, sizes: tuple[str, ...], capsys: Captured) -> None:
     assert command("import", "files/llama", "base") == 0
+    capsys.readouterr()
     assert command("export", "base", "core", "--to", "megatron", *sizes) == 0
+    table = next(line for line in capsys.readouterr().out.splitlines() if "word_embeddings" in line)
+    assert table.endswith("18 x 16" if sizes else "128 x 16"), "ranks fill the vocabulary up when they are divided"
     if sizes:
         assert command("reshard", "core", "whole", "--tensor", "1", "--pipeline", "2") == 0
     assert command("import", "whole" if sizes else "core", "back", "--base", "base") == 0

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from float64 import doubled
 from models import cases, scramble
 from models import config as model_config
 from torch import Tensor
@@ -212,21 +212,6 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
     )
     assert not any(told.values()), told
     return made.eval()
-
-
-@contextmanager
-def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes whatever says float32 mean float64: norms, softmaxes and tables of both sides."""
-    before = torch.get_default_dtype()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(Tensor, "float", Tensor.double)
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 # Their models become ours ---------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from float64 import doubled
 from models import tokens
 from test_peft import CASES, GPT2, LLAMA, MIXTRAL, Adapter, L, adapted, logits, made, opened, same
 from torch import Tensor
@@ -33,21 +32,6 @@ PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}  # w
 SCANNED = 1e-6  # chunks of other sizes multiply many decays
 EXACT = 1e-10  # a few hundred products in another order; a wrong row or scale is off by more than 1e-2
 WRONG = 1e-2
-
-
-@contextmanager
-def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes whatever says float32 mean float64: norms, softmaxes, tables and factors of both sides."""
-    before = torch.get_default_dtype()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(Tensor, "float", Tensor.double)
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -82,8 +82,7 @@ def _megatron(given: argparse.Namespace, model: GPT, rows: list[Row], told: Told
     own = weights(model)  # a tied weight is there once
     source = Tensors({name: t for name, t in effective_weights(model).items() if name in own})
     how = {"zero_centred": given.zero_centred, "multiple": given.multiple, "told": told}
-    megatron.export(source, model, given.folder, sizes, **how)
-    table = lines(megatron.exported(source, model, megatron.Form(zero_centred=given.zero_centred)))
+    table = lines(megatron.export(source, model, given.folder, sizes, **how))
     what = "a distributed checkpoint" if sizes is None else f"{sizes.count} ranks"
     return [*notes, *table, f"{given.folder}: {what} of megatron-core"]
 

@@ -12,7 +12,7 @@ from convert.commands.telling import Progress
 from convert.effective import numbered
 from convert.files import Told, new_folder, write_file
 from convert.mapping import Mapped, Source, Tensors
-from convert.places import RANKS, assembled, hugging_face, node_of, run_config
+from convert.places import RANKS, assembled, hugging_face, run_config
 from convert.table import lines
 from core.options import plain
 from core.saved import STATE, file_name, written_state
@@ -82,7 +82,7 @@ def _hugging_face(folder: Path, given: argparse.Namespace) -> tuple[dict[str, An
         mapped = huggingface.mapped(folder, model)
         return _of_run(given.base), numbered(mapped, model, given.share), lines(mapped)
     mapped = hugging_face(folder)
-    tree: dict[str, Any] = {"model": node_of(folder)}
+    tree: dict[str, Any] = {"model": huggingface.model_node(folder)}
     if (folder / "tokenizer.json").is_file():
         tree["data"] = {"tokenizer": f"{HUGGING_FACE}{folder.resolve()}"}
     return tree, mapped, lines(mapped)

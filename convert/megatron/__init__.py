@@ -7,12 +7,10 @@ from typing import Literal
 
 from convert.files import Told
 from convert.kinds import Sizes
-from convert.mapping import Source
+from convert.mapping import Mapped, Source
 from convert.megatron import checkpoint, ranks
-from convert.megatron.names import Form as Form
-from convert.megatron.names import exported as exported
+from convert.megatron.names import Form, exported, padded
 from convert.megatron.names import mapped as mapped
-from convert.megatron.names import padded
 from convert.megatron.names import recognised as recognised
 from model import GPT
 
@@ -39,12 +37,14 @@ def export(
     zero_centred: bool = False,
     multiple: int = MULTIPLE,
     told: Told | None = None,
-) -> None:
+) -> Mapped:
     """Writes weights under our names, of the model's sizes, into a new folder for core: for ranks of these sizes, or, without any,
     a distributed checkpoint, which core loads with all.
 
     norms, experts: how core's layers are built, with Transformer Engine by default. zero_centred: `layernorm_zero_centered_gamma`.
-    multiple: `make_vocab_size_divisible_by`. Raises ValueError for what core has no place for, or where the folder is there.
+    multiple: `make_vocab_size_divisible_by`. Returns what was written.
+
+    Raises ValueError for what core has no place for, or where the folder is there.
     """
     size = model.config.vocab_size
     assert size is not None
@@ -52,7 +52,10 @@ def export(
         form = Form(
             norms="mapped" if norms == "local" else norms, zero_centred=zero_centred, vocabulary=padded(size, multiple)
         )
-        checkpoint.write(exported(source, model, form), folder, told=told)
-        return
+        made = exported(source, model, form)
+        checkpoint.write(made, folder, told=told)
+        return made
     form = Form(norms, experts, parts=False, zero_centred=zero_centred)
-    ranks.write(exported(source, model, form), sizes, folder, multiple, told)
+    made = exported(source, model, form)
+    ranks.write(made, sizes, folder, multiple, told)
+    return made
