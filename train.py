@@ -36,11 +36,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     return given
 
 
-def main(words: list[str]) -> int:
-    """Returns the exit code: 0, 1 a run failed, 2 the configuration is wrong, 75 stopped."""
+def main(words: list[str], ours: bool = False) -> int:
+    """Returns the exit code: 0, 1 a run failed, 2 the configuration is wrong, 75 stopped.
+
+    ours: whether nothing else goes on in this process, so that it may be forked.
+    """
     given = parse(words)
     try:
-        code = act(given)
+        code = act(given, ours)
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -58,22 +61,24 @@ def main(words: list[str]) -> int:
         return STOPPED
 
 
-def act(given: argparse.Namespace) -> int:
+def act(given: argparse.Namespace, ours: bool) -> int:
     """What the command line asks for. Raises ConfigError with every mistake in it or in the files."""
     if given.list is not None:
         return list_catalogue(given.list)
-    from lab import forks
+    from lab import beside, forks, helper
 
-    if given.config is not None and not (given.slices or given.dry_run) and _may_be_a_sweep(given.config):
-        forks.start_early()
     try:
+        shown = given.config is None or given.slices or given.dry_run
+        if ours and not shown and _may_be_a_sweep(given.config):
+            beside.start_early()
+            forks.start_early()
         return carry_out(given)
     finally:
-        forks.discard()
+        helper.discard()
 
 
 def _may_be_a_sweep(file: Path) -> bool:
-    """Whether it is worth starting what trains many runs before the file is understood."""
+    """Whether it is worth starting what many runs need before the file is understood."""
     try:
         return b"sweep" in file.read_bytes()[:100_000]
     except OSError:
@@ -213,4 +218,4 @@ def list_catalogue(kind: str) -> int:
 
 if __name__ == "__main__":
     begin()
-    leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:], ours=True))

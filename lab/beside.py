@@ -1,21 +1,24 @@
-"""What a runner has done beside a sweep: the report, by processes of its own, anew now and then and for the last time at the end.
+"""What a runner has done beside a sweep: the report, by a helper, anew now and then and for the last time at the end.
 
-The runner imports nothing that draws, and the process of the last report does its imports while the last trials are at work.
+The runner imports nothing that draws. The helper imports it once, while the runner begins, and forks for each report, so that what
+one has left in memory is gone before the next. `python -m lab.beside FD` is the helper.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import subprocess
-import sys
+import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lab.process import REPOSITORY
+from core.yaml_files import ConfigError
+from lab import helper
+from lab.helper import Helper, has_word, receive, send, serve_here
+from lab.process import leave
 
+MODULE = "lab.beside"
 FIRST = 60.0  # seconds until the first report
 SPARING = 20  # a report may take one part in so many of a core's time
 
@@ -25,64 +28,111 @@ class NoReport(Exception):
 
 
 class Reporter:
-    """Writes the report of a sweep. Called again and again while trials run, it starts a process when a report is due, and never
-    waits. `last` waits."""
+    """Writes the report of a sweep. Called again and again while trials run, it has one written when it is due, and never waits.
+    `last` waits."""
 
     def __init__(self, folder: Path, first: float = FIRST) -> None:
-        self.folder, self.first = folder, first
-        self.process: subprocess.Popen[str] | None = None  # of a report on the way
-        self.final: subprocess.Popen[str] | None = None  # of the last one
-        self.due = time.monotonic() + first
-        self.started = 0.0
+        self.folder, self.first = folder.resolve(), first
+        self.helper: Helper | None = None
+        self.asked: list[bool] = []  # of reports that are on their way, whether the sweep still goes on
+        self.since, self.due = 0.0, time.monotonic() + first
+        self.wrong = ""  # why there is no helper
 
-    def __call__(self, nearly_over: bool = False) -> None:
-        """nearly_over: nothing waits to be started, and there is room for a process more."""
-        if nearly_over and self.final is None:
-            with contextlib.suppress(OSError):
-                self.final = self._begin("--json", "--when-told")
+    def __call__(self) -> None:
         now = time.monotonic()
-        if self.process is not None:
-            if self.process.poll() is None:
-                return
-            self.process = None
-            self.due = now + max(self.first, SPARING * (now - self.started))
-        if now < self.due:
+        if self.asked and self.helper is not None and has_word(self.helper.channel):
+            self._answer()
+            self.due = now + max(self.first, SPARING * (now - self.since))
+        if now >= self.due and not self.asked:
+            self.due = now + self.first
+            self.begin(live=True)  # where that fails, a sweep does not end for want of a picture of it
+
+    def begin(self, live: bool = False) -> None:
+        """Has a report written, for which nobody waits yet. live: the sweep still goes on."""
+        try:
+            self.helper = self.helper or helper.begun(MODULE)
+            send(self.helper.channel, {"folder": str(self.folder), "live": live})
+        except OSError as error:
+            self.wrong = str(error)
+            self.close()
             return
-        self.started = now
-        with contextlib.suppress(OSError):  # a sweep does not end for want of a picture of it
-            self.process = self._begin("--live")
+        self.asked.append(live)
+        self.since = time.monotonic()
 
     def last(self) -> dict[str, Any]:
-        """Writes the report of a sweep at its end. Returns the fields of its Summary. Raises NoReport."""
-        self._end(self.process)
-        try:
-            self.final = self.final or self._begin("--json", "--when-told")
-            told, wrong = self.final.communicate("now\n")
-        except OSError as error:
-            raise NoReport(str(error)) from None
-        if self.final.returncode:
-            raise NoReport(wrong.strip() or f"its process ended with code {self.final.returncode}")
-        summary: dict[str, Any] = json.loads(told)
-        return summary
+        """The report of a sweep at its end. Returns the fields of its Summary. Raises NoReport."""
+        for _ in range(2):  # a helper that has died, perhaps long ago, is replaced once
+            if False not in self.asked:
+                self.begin()
+            while self.asked:
+                live, told = self.asked[0], self._answer()
+                if told is not None and not live:
+                    return _summary(told)
+        raise NoReport(self.wrong)
+
+    def _answer(self) -> dict[str, Any] | None:
+        """What became of the report that was asked for first, or None where the helper has died."""
+        assert self.helper is not None
+        message = receive(self.helper.channel)
+        if message is None:
+            self.helper.process.wait()
+            self.wrong = self.helper.last_words or "the process that writes it has died."
+            self.close()
+            return None
+        self.asked.pop(0)
+        return message[0]
 
     def close(self) -> None:
         """Ends what is on its way."""
-        self._end(self.process)
-        self._end(self.final)
+        if self.helper is not None:
+            self.helper.kill()
+        self.helper, self.asked = None, []
 
-    def _begin(self, *words: str) -> subprocess.Popen[str]:
-        ours = subprocess.DEVNULL if "--live" in words else subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "lab", "report", *words, str(self.folder.resolve())],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            stdin=ours,
-            stdout=ours,
-            stderr=ours,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C reaches the runner alone
-        )
 
-    def _end(self, process: subprocess.Popen[str] | None) -> None:
-        if process is not None:
-            with process:  # which closes its pipes, and waits
-                process.kill()
+def _summary(told: dict[str, Any]) -> dict[str, Any]:
+    if "wrong" in told:
+        raise NoReport(told["wrong"])
+    made: dict[str, Any] = told["summary"]
+    return made
+
+
+# The helper -----------------------------------------------------------------------------------------------------------------
+
+
+def start_early() -> None:
+    """Starts the helper while the runner begins."""
+    helper.start_early(MODULE)
+
+
+def serve(channel: socket.socket) -> None:
+    """Writes a report for every message, each in a fork. Returns when the runner is gone."""
+    from lab.report import ready
+
+    ready()
+    while (message := receive(channel)) is not None:
+        asked, _ = message
+        number = os.fork()
+        if number == 0:
+            send(channel, _written(Path(asked["folder"]), asked["live"]))
+            leave(0)
+        _, status = os.waitpid(number, 0)
+        if code := os.waitstatus_to_exitcode(status):
+            send(channel, {"wrong": f"the process that writes it ended with code {code}"})
+
+
+def _written(folder: Path, live: bool) -> dict[str, Any]:
+    """Writes a report. Returns its `summary`, or what is `wrong`."""
+    from lab.anew import write
+
+    try:
+        return {
+            "summary": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(write(folder, live)).items()}
+        }
+    except ConfigError as error:
+        return {"wrong": "\n".join(error.sentences)}
+    except (OSError, ValueError) as error:
+        return {"wrong": str(error)}
+
+
+if __name__ == "__main__":
+    serve_here(serve)

@@ -25,8 +25,8 @@ class Conductor:
     """Carries out the runs of a listing with an executor, and notes every change in the database.
 
     `grow()` returns runs that are to be carried out too, now that others have ended, prepared; `promoted(resting, last)` those that
-    rest at a rung and may go on (last: nothing else is left to do); `pack(runs)` groups runs into trials; `aside(nearly_over)`
-    is called again and again, for what is done beside the sweep (nearly_over: nothing waits, and a place is free).
+    rest at a rung and may go on (last: nothing else is left to do); `pack(runs)` groups runs into trials; `aside()` is
+    called again and again, for what is done beside the sweep.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Conductor:
         pack: Callable[[Sequence[Run]], list[list[Run]]],
         grow: Callable[[], Iterable[Run]] = list,
         promoted: Callable[[Sequence[str], bool], Sequence[str]] = lambda resting, last: (),
-        aside: Callable[[bool], None] = lambda nearly_over: None,
+        aside: Callable[[], None] = lambda: None,
     ) -> None:
         self.listing, self.database, self.executor, self.claim = listing, database, executor, claim
         self.pack, self.grow, self.promoted, self.aside = pack, grow, promoted, aside
@@ -49,7 +49,7 @@ class Conductor:
         self.streak, self.why = Streak(), ""
         self.runs = {listing.ids[run.hash]: run for run in listing.runs}
         self.started, self.looked = time.monotonic(), 0.0
-        self.done = self.widest = 0
+        self.done = 0
 
     def folder(self, run: str) -> Path:
         return self.listing.folder / run
@@ -155,9 +155,7 @@ class Conductor:
     def beside(self) -> None:
         """What is looked after now and then."""
         self.claim.beat()
-        live = self.executor.live
-        self.widest = max(self.widest, len(live))
-        self.aside(not self.queue and (len(live) < self.widest or all(trial.place != "cpu" for trial in live)))
+        self.aside()
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()

@@ -1,9 +1,9 @@
 """Warm workers: processes that train one trial after another, forked from one that has imported everything.
 
-`python -m lab.forks FD` is that process. It has one thread, so it can fork; what is imported is paid once a sweep, a CUDA context
-and compiled graphs once a worker. A worker has a socket to the runner, over which come jobs with the open locks of their runs, and
-go exit codes. When the runner is gone, however that happened, a worker ends the trial it has and then itself. After an error a
-worker is not used again: the next trial shares nothing with it.
+That process is a helper: a fork of the runner while it begins, or `python -m lab.forks FD`. It has one thread, so it can fork; what
+is imported is paid once a sweep, a CUDA context and compiled graphs once a worker. A worker has a socket to the runner, over which
+come jobs with the open locks of their runs, and go exit codes. When the runner is gone, however that happened, a worker ends the
+trial it has and then itself. After an error a worker is not used again: the next trial shares nothing with it.
 """
 
 from __future__ import annotations
@@ -12,66 +12,24 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import json
 import os
 import platform
 import select
 import signal
 import socket
-import struct
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
-from core.secrets import scrub
-from lab.process import REPOSITORY, begin, leave
+from lab import helper
+from lab.helper import Helper, has_word, receive, send, serve_here
+from lab.process import leave
 
-HEADER = struct.Struct("!II")  # bytes of the message, and how many open files come with it
+MODULE = "lab.forks"
 PATIENCE = 5.0  # seconds for workers that have nothing to do to end
-FILES = 200  # that one call passes; the system allows 253
-Message = tuple[dict[str, Any], list[int]]
-
-
-# Messages -------------------------------------------------------------------------------------------------------------------
-
-
-def send(channel: socket.socket, content: dict[str, Any], files: Sequence[int] = ()) -> None:
-    """Sends plain data and open files. Raises OSError where nobody is there any more."""
-    told = json.dumps(content).encode()
-    channel.sendall(HEADER.pack(len(told), len(files)) + told)
-    for i in range(0, len(files), FILES):
-        socket.send_fds(channel, [b"f"], files[i : i + FILES])
-
-
-def receive(channel: socket.socket) -> Message | None:
-    """The next message, or None where the other end is closed."""
-    try:
-        length, count = HEADER.unpack(_exactly(channel, HEADER.size))
-        content = json.loads(_exactly(channel, length))
-        files: list[int] = []
-        while len(files) < count:
-            got, some, _, _ = socket.recv_fds(channel, 1, min(FILES, count - len(files)))
-            if not got:
-                raise EOFError
-            files += some
-    except (EOFError, OSError):
-        return None
-    return content, files
-
-
-def _exactly(channel: socket.socket, length: int) -> bytes:
-    made = b""
-    while len(made) < length:
-        some = channel.recv(length - len(made))
-        if not some:
-            raise EOFError
-        made += some
-    return made
 
 
 # The process that forks -----------------------------------------------------------------------------------------------------
@@ -191,7 +149,7 @@ class Worker:
 
     def poll(self) -> int | None:
         """The exit code of its job, or, where it died, its own; None while it works."""
-        if self.code is None and not self.closed and select.select([self.channel], [], [], 0)[0]:
+        if self.code is None and not self.closed and has_word(self.channel):
             message = receive(self.channel)
             if message is None:
                 self.closed = True
@@ -204,7 +162,7 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether it can have another job."""
-        if not self.closed and self.code is not None and select.select([self.channel], [], [], 0)[0]:
+        if not self.closed and self.code is not None and has_word(self.channel):
             self.closed = True  # it has nothing to say but that it is gone
         return not self.closed and self.code in (0, 75)  # after an error it ends itself
 
@@ -225,39 +183,19 @@ class Forks:
     `workers` are those that the runner has not let go of; `codes` tell by number how processes ended.
     """
 
-    def __init__(self) -> None:
-        self.control, theirs = socket.socketpair()
-        self.said: IO[bytes] | None = None
-        self.process = self._launch(theirs)
-        theirs.close()
+    def __init__(self, process: Helper | None = None) -> None:
+        """process: one that serves already."""
+        self.helper = process or Helper(MODULE)
+        self.control = self.helper.channel
         self.workers: dict[int, Worker] = {}
         self.codes: dict[int, int] = {}
         self.names = itertools.count()
         self.gone = False
 
-    def _launch(self, theirs: socket.socket) -> Any:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        begin(environment)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the process
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "lab.forks", str(theirs.fileno())],
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.said,
-            start_new_session=True,
-        )
-
     @property
     def last_words(self) -> str:
         """The last line that the process has written, such as the error that ended it."""
-        if self.said is None or self.said.closed:
-            return ""
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").split("\n")
-        return next((scrub(line.strip()) for line in reversed(lines) if line.strip()), "")
+        return self.helper.last_words
 
     def worker(self, environment: dict[str, str]) -> Worker:
         """A new worker with these variables of its environment set. Jobs can be given at once."""
@@ -273,7 +211,7 @@ class Forks:
 
     def listen(self) -> None:
         """Takes what the process has told meanwhile."""
-        while not self.gone and select.select([self.control], [], [], 0)[0]:
+        while not self.gone and has_word(self.control):
             message = receive(self.control)
             if message is None:
                 self.gone = True
@@ -301,48 +239,28 @@ class Forks:
             worker.close()
         deadline = time.monotonic() + PATIENCE
         while not self.gone and time.monotonic() < deadline and any(w.pid not in self.codes for w in idle):
-            select.select([self.control], [], [], PATIENCE / 10)
+            has_word(self.control, PATIENCE / 10)
             self.listen()
         self.release()
 
     def release(self) -> None:
         """Waits for the process, which ends by itself; workers go on."""
-        self.control.close()
-        self.process.wait()
-        if self.said is not None:
-            self.said.close()
-
-
-# While the runner itself begins --------------------------------------------------------------------------------------------
-
-
-_early: list[Forks] = []
+        self.helper.close()
 
 
 def start_early() -> None:
-    """Starts the process now, beside the caller's own imports, for a runner that is likely to need it."""
-    _early.append(Forks())
+    """Starts the process while the runner begins, as a fork of it that has what the runner imports."""
+    import lab.runner
+    import lab.worker
+
+    assert lab.runner and lab.worker
+    helper.start_early(MODULE, serve)
 
 
 def begun() -> Forks:
     """The process that was started early, or a new one."""
-    return _early.pop() if _early else Forks()
-
-
-def discard() -> None:
-    """Ends a process that was started early and not needed."""
-    while _early:
-        forks = _early.pop()
-        forks.process.kill()
-        forks.close()
-
-
-def main() -> None:
-    begin()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    leave(0)
+    return Forks(helper.begun(MODULE))
 
 
 if __name__ == "__main__":
-    main()
+    serve_here(serve)

@@ -96,10 +96,11 @@ def write_report(
 
 
 def ready() -> None:
-    """Imports what drawing takes, before it is needed."""
-    from matplotlib.backends import backend_agg, backend_svg
-
-    assert backend_agg and backend_svg
+    """Imports what drawing takes, and draws for the first time, which takes longer, before it is needed."""
+    for _ in plots.files(
+        plots.Picture("nothing", 2, 1, lambda figure: plots.heading(plots.plain_axes(figure), "x", "x"))
+    ):
+        pass
 
 
 def _draw(folder: Path, picture: plots.Picture) -> None:

@@ -18,7 +18,7 @@ from core.options import plain
 from core.yaml_files import ConfigError, dump
 from engine.device import pick
 from engine.tracking import resolve_mode
-from lab import claim, forks, packing, rungs, store
+from lab import claim, forks, helper, packing, rungs, store
 from lab.base import ended_as, untrained
 from lab.beside import NoReport, Reporter
 from lab.conductor import Conductor
@@ -230,7 +230,7 @@ class _Sweep:
             executor = make(runner, here, listing.folder)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        forks.discard()  # where the executor has no use for it
+        helper.discard(forks.MODULE)  # where the executor has no use for it
         conductor = Conductor(
             listing,
             self.database,
@@ -239,7 +239,7 @@ class _Sweep:
             lambda some: self.pack(some, here),
             self.grow,
             self.promoted,
-            self.reporter if listing.has_sweep else lambda nearly_over: None,
+            self.reporter if listing.has_sweep else lambda: None,
         )
         conductor.failed = self.failed
         try:
@@ -247,6 +247,8 @@ class _Sweep:
                 conductor.go_on(self.pending, stop)
                 if stop():
                     self.stop(conductor, stop)
+                elif listing.has_sweep:
+                    self.reporter.begin()  # while processes end
         finally:
             executor.close()
 

@@ -32,6 +32,7 @@ import torch
 
 import lab.executors.local
 import lab.forks
+import lab.helper
 import lab.runner
 import lab.worker
 import train
@@ -60,34 +61,15 @@ def sweep(home: Path, data: Path, pack: int | str, warm: bool) -> Path:
 # Faults: in processes that were forked for a round ------------------------------------------------------------------------------
 
 
-class Forked(lab.forks.Forks):
-    """Forks workers without a start of Python: this process is warm already."""
+def fork_helpers() -> None:
+    """Lets a runner of this process fork what forks its workers, without a start of Python: this process is warm already."""
+    plain = lab.helper.Helper
 
-    def _launch(self, theirs: Any) -> Any:
-        number = os.fork()
-        if number == 0:
-            try:
-                os.setsid()
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                keep = theirs.fileno()
-                os.closerange(3, keep)
-                os.closerange(keep + 1, 256)
-                lab.forks.serve(theirs)
-            except BaseException:
-                traceback.print_exc()
-            os._exit(0)
-        return Reaped(number)
+    def forked(module: str) -> lab.helper.Helper:
+        return plain(module, lambda channel: lab.forks.serve(channel))
 
-
-class Reaped:
-    """What the runner waits for at its end."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def wait(self) -> None:
-        os.waitpid(self.number, 0)
+    setattr(lab.forks, "Helper", forked)  # noqa: B010 for the type checker
+    setattr(lab.helper, "begun", forked)  # noqa: B010
 
 
 def at_passes(count: int, act: Callable[[], None]) -> None:
@@ -154,7 +136,8 @@ def noting(completions: Path) -> None:
 def silent_reports() -> None:
     """Lets runners of this process write no report."""
     none = Summary("s", "val_loss", "min", {}, 0, None, None, (), "", Path())
-    setattr(Reporter, "__call__", lambda self, nearly_over: None)  # noqa: B010 for the type checker
+    setattr(Reporter, "__call__", lambda self: None)  # noqa: B010 for the type checker
+    setattr(Reporter, "begin", lambda self: None)  # noqa: B010
     setattr(Reporter, "last", lambda self: asdict(none))  # noqa: B010
 
 
@@ -168,9 +151,7 @@ def forked_round(home: Path, file: Path, faults: random.Random | None) -> int:
             log = os.open(home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            setattr(lab.executors.local, "Forks", Forked)  # noqa: B010 for the type checker
-            setattr(lab.forks, "start_early", lambda: None)  # noqa: B010
-            setattr(lab.executors.local, "begun", Forked)  # noqa: B010
+            fork_helpers()
             silent_reports()
             noting(home / "completions")
             if faults is not None:

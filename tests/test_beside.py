@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ROOT, Lab
+from runs import PATIENCE, ROOT, Lab, until
+from warm import gone
 
 from lab.beside import NoReport, Reporter
+from lab.helper import has_word
 from lab.packing import wanted
 from lab.plan import Slot
 from train_args import RunnerConfig
@@ -26,42 +28,73 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return lab
 
 
-def test_the_last_report_waits_to_be_told(swept: Lab) -> None:
+def test_the_last_report(swept: Lab) -> None:
     reporter, page = Reporter(swept.folder), swept.folder / "report.html"
     page.unlink()
     reporter()
-    assert reporter.final is None, "trials wait for their places"
-    reporter(nearly_over=True)
-    process = reporter.final
-    assert process is not None and process.poll() is None and not page.exists()
-    reporter(nearly_over=True)
-    assert reporter.final is process
+    assert reporter.helper is None and not page.exists(), "none is due"
     told = reporter.last()
     assert page.is_file() and (swept.folder / "plots/comparison.svg").is_file()
     assert told["counts"]["done"] == 2 and told["cells"] == 2 and str(page.resolve()) in told["text"]
+    first = reporter.helper
+    reporter.begin()
+    assert reporter.last() == told and reporter.helper is first, "which has imported what draws"
+    reporter.close()
+    assert first is not None and first.process.poll() is not None
+
+
+def test_a_helper_that_has_died_is_replaced(swept: Lab) -> None:
+    """With a report on its way too."""
+    reporter, page = Reporter(swept.folder), swept.folder / "report.html"
+    reporter.begin(live=True)
+    first = reporter.helper
+    assert first is not None
+    first.process.kill()
+    first.process.wait()
+    page.unlink()
+    assert reporter.last()["cells"] == 2 and page.is_file() and reporter.helper is not first
     reporter.close()
 
 
-def test_a_process_that_is_not_told_writes_nothing(swept: Lab) -> None:
-    page = swept.folder / "report.html"
-    page.write_text("old")
-    words = [sys.executable, "-m", "lab", "report", "--when-told", str(swept.folder)]
-    assert subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60).returncode == 0
-    reporter = Reporter(swept.folder)
-    reporter(nearly_over=True)
-    assert reporter.final is not None
-    reporter.close()
-    assert reporter.final.returncode == -9 and page.read_text() == "old"
+KILLED = """
+import os, sys
+from pathlib import Path
+from lab.beside import Reporter
+reporter = Reporter(Path(sys.argv[1]))
+reporter.begin()
+reporter.last()
+print(reporter.helper.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_helper_ends_with_its_runner(swept: Lab) -> None:
+    words = [sys.executable, "-c", KILLED, str(swept.folder)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -9
+    until(lambda: gone(int(done.stdout)))
 
 
 def test_a_report_that_cannot_be_written(swept: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = Reporter(swept.home)
     with pytest.raises(NoReport, match="is not the folder of a sweep"):
-        Reporter(swept.home).last()
+        nowhere.last()
+    nowhere.close()
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    reporter = Reporter(swept.folder)
-    reporter(nearly_over=True)  # which is a sweep's business at its end alone
+    reporter = Reporter(swept.folder, first=0)
+    reporter()  # which is a sweep's business at its end alone
     with pytest.raises(NoReport, match="/no/such/python"):
         reporter.last()
+
+
+def test_a_helper_that_cannot_begin_says_why(swept: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = (
+        "import os, sys\nif 'lab.beside' in sys.orig_argv:\n    os.write(2, b'no fonts here\\n')\n    os._exit(3)\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(broken)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(NoReport, match="no fonts here"):
+        Reporter(swept.folder).last()
 
 
 def test_a_running_sweep_has_a_page(swept: Lab) -> None:
@@ -69,12 +102,12 @@ def test_a_running_sweep_has_a_page(swept: Lab) -> None:
     page.unlink(missing_ok=True)
     reporter = Reporter(swept.folder, first=0)
     reporter()
-    assert reporter.process is not None
-    reporter.process.wait()
+    assert reporter.helper is not None and reporter.asked == [True]
+    assert has_word(reporter.helper.channel, PATIENCE)
     assert "http-equiv" in page.read_text(), "it renews itself"
-    due = reporter.due
+    reporter.first, due = 1000.0, reporter.due
     reporter()
-    assert reporter.process is None and reporter.due > due, "a process that took time makes the next one wait"
+    assert reporter.asked == [] and reporter.due > due + 900, "one that took time makes the next one wait"
     reporter.close()
 
 

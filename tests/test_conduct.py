@@ -221,13 +221,13 @@ def test_the_process_that_forks_workers_is_killed(make: Make, whole: Warm) -> No
     lab = make(*"abcd", runner={"per_device": 2})
     lab.hold("a-4", "b-4")
     prelude = """
-import schedules
-plain = schedules.Forked._launch
-def launch(self, theirs):
-    made = plain(self, theirs)
-    open("servers", "a").write(f"{made.number}\\n")
+from lab.helper import Helper
+plain = Helper._fork
+def fork(self, serve, theirs):
+    made = plain(self, serve, theirs)
+    open("servers", "a").write(f"{made.pid}\\n")
     return made
-schedules.Forked._launch = launch
+Helper._fork = fork
 """
     runner = lab.begin(prelude=prelude)
     trials = [lab.reached("a-4"), lab.reached("b-4")]

@@ -13,7 +13,8 @@ import pytest
 import runs
 from runs import Lab, aside, until
 
-from lab.forks import Forks, receive, send
+from lab.forks import Forks
+from lab.helper import receive, send
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def forks() -> Iterator[Forks]:
     made = Forks()
     yield made
     made.close()
-    assert made.process.poll() is not None
+    assert made.helper.process.poll() is not None
 
 
 def test_messages_carry_open_files(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Sweeps that start in a moment: runners forked from a process that has imported everything and has one thread.
 
 `Template` is that process. A runner that it forks is `train.main` with the real executor; the process that forks its workers is
-forked from it in turn (schedules.Forked), so that what a prelude has changed in the runner holds in its trials too.
+forked from it in turn (schedules.fork_helpers), so that what a prelude has changed in the runner holds in its trials too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import runs
 from runs import Lab, tree, write
 
-from lab.forks import receive, send
+from lab.helper import receive, send
 from lab.store import Row, listed
 
 
@@ -168,10 +168,10 @@ def gone(process: int) -> bool:
 def become_runner(asked: dict[str, Any]) -> NoReturn:
     import schedules
 
-    import lab.executors.local
-    import lab.forks
     import lab.runner
     import train
+
+    assert lab.runner
 
     code = 99
     try:
@@ -181,9 +181,7 @@ def become_runner(asked: dict[str, Any]) -> NoReturn:
         os.dup2(log, 2)
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])
-        setattr(lab.executors.local, "Forks", schedules.Forked)  # noqa: B010 for the type checker
-        setattr(lab.executors.local, "begun", schedules.Forked)  # noqa: B010
-        setattr(lab.forks, "start_early", lambda: None)  # noqa: B010
+        schedules.fork_helpers()
         schedules.silent_reports()
         exec(asked["prelude"], {})
         code = train.main(asked["words"])

@@ -106,6 +106,10 @@ def files(picture: Picture) -> Iterator[tuple[str, bytes]]:
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
         figure = Figure(figsize=(picture.width, picture.height), dpi=DPI, layout="constrained")
         picture.draw(figure)
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.execute(figure)
+        figure.set_layout_engine(None)  # which would find the same places again for each file
         quick: Any = {"pil_kwargs": {"compress_level": 2}}
         for kind, how in (
             ("png", {"metadata": {"Software": None}, **quick}),
@@ -113,7 +117,6 @@ def files(picture: Picture) -> Iterator[tuple[str, bytes]]:
         ):
             out = io.BytesIO()
             figure.savefig(out, format=kind, dpi=DPI, **how)
-            figure.set_layout_engine("none")  # the places found for the first file serve the second
             yield f"{picture.name}.{kind}", out.getvalue()
 
 
