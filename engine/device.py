@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import platform
 import resource
@@ -175,6 +176,13 @@ class Replay:
             self.graph.replay()
 
 
+@functools.cache
+def _code() -> dict[str, Any]:
+    """The commit of the code that this process has imported, and whether tracked files differ from it; null without git."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
 def _git(*words: str) -> str | None:
     try:
         done = subprocess.run(
@@ -187,15 +195,13 @@ def _git(*words: str) -> str | None:
 
 def provenance(device: torch.device | None) -> dict[str, Any]:
     """Commit, whether tracked files differ from it, versions, the device's name (null: none was reached) and CPU threads."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
     shown = None
     if device is not None:
         cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
         shown = f"{device}: {name}"
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        **_code(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
         "device": shown,
         "threads": None if device is None else torch.get_num_threads(),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from core.compose import BASE, Setting, path_in
 from core.options import Mistake, Path, key_of, nearest
+from core.trees import BASE, Setting, path_in
 from core.weights import weights
 from core.yaml_files import HUGGING_FACE, SUFFIXES, ConfigError, shown
 from engine.base import damage, digest, newest, shapes, unfit

@@ -6,6 +6,7 @@ one has left in memory is gone before the next. `python -m lab.beside FD` is the
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -109,6 +110,7 @@ def serve(channel: socket.socket) -> None:
     from lab.report import ready
 
     ready()
+    gc.freeze()  # a fork that looked through all this would copy it
     while (message := receive(channel)) is not None:
         asked, _ = message
         number = os.fork()

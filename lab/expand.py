@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from core.compose import drop_nulls, get, merge, names_variant, put
 from core.options import MISSING, Mistake, Path
 from core.references import resolve
+from core.trees import drop_nulls, get, merge, names_variant, put
 from lab.axes import Axis, Choice, Key, is_form, same
 from lab.naming import condition, in_words, short_names
 from lab.reading import ConfigReader

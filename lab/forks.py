@@ -69,19 +69,20 @@ def serve(control: socket.socket) -> None:
 
 
 def _prepare() -> None:
-    """What a trial does first and every worker would do anew: imports, and the first call of kernels, which takes a second's
-    fraction each. One thread computes here: a pool of them would not live through a fork."""
+    """What a trial does first and every worker would do anew: imports, the first call of kernels, and looking which commit it is,
+    which is that of the code that was imported. One thread computes here: a pool of them would not live through a fork."""
     import numpy.random  # which numpy itself imports when it is first used
     import torch
 
     import lab.worker
+    from engine.device import provenance
 
     assert numpy.random and lab.worker
+    provenance(None)
     torch.set_num_threads(1)
     with torch.no_grad():
         x = torch.zeros(64, 64)
         torch.nn.functional.gelu(torch.addmm(x[0], x, x))
-    gc.collect()
     gc.freeze()  # what is here for good is not looked through after each trial
 
 

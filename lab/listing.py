@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path as File
 from typing import Any
 
-from core.compose import TOKENIZER, Composed, compose, parse_overrides, path_in
 from core.options import Mistake, Path, nearest, plain
+from core.trees import TOKENIZER, Composed, path_in
 from core.yaml_files import SUFFIXES, ConfigError, load_file, shown
 from engine.corpus import DATA
 from engine.data import Corpus, settle, stage_corpus
@@ -155,6 +155,8 @@ def open_listing(file: File | None, words: Sequence[str], trail: tuple[File, ...
 
     Raises ConfigError with every mistake.
     """
+    from core.compose import compose, parse_overrides  # Hydra, which those that train do without
+
     settings = parse_overrides(words)
     composed = compose(file, LIBRARY) if file is not None else Composed({}, {}, File.cwd())
     tree, pins, places = apply_settings(composed.tree, relative_to(composed.folder, settings))
@@ -232,6 +234,8 @@ def _read_sweep(tree: dict[str, Any], composed: Composed, file: File | None) -> 
             for suffix in ("", *SUFFIXES):
                 candidate = folder / f"{name}{suffix}"
                 if candidate.suffix in SUFFIXES and candidate.is_file():
+                    from core.compose import compose
+
                     return compose(candidate, LIBRARY, preset=True)
         found = [
             p.relative_to(f).with_suffix("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import mmap
 import os
 import signal
 import sys
@@ -64,33 +65,54 @@ class Child:
 def side_by_side(work: Sequence[T], act: Callable[[T], None]) -> None:
     """Does `act` for each piece of work: in several processes where this one may be forked and has cores for them, else in turn.
 
-    It may where it has one thread and has not imported torch, whose threads a fork loses. What a fork could not do is done here
-    again, so that its error is raised here.
+    It may where it has one thread and has not imported torch, whose threads a fork loses. Who is free takes the next piece. What a
+    fork has taken and not done is done here again, so that its error is raised here.
     """
     may = hasattr(os, "fork") and threading.active_count() == 1 and "torch" not in sys.modules
     count = max(1, min(len(work), cores(), MOST)) if may else 1
-    mine, *others = (work[i::count] for i in range(count))
-    forks = [_forked(share, act) for share in others]
+    open_pieces, undone = _numbers(range(len(work))), mmap.mmap(-1, max(1, len(work)))
+
+    def share() -> None:
+        while piece := os.read(open_pieces, NUMBER):
+            i = int(piece)
+            undone[i] = 1
+            act(work[i])
+            undone[i] = 0
+
+    forks = [_forked(share) for _ in range(count - 1)]
     try:
-        for piece in mine:
-            act(piece)
+        share()
     finally:
-        codes = [os.waitpid(pid, 0)[1] for pid in forks]
-    for piece in (piece for share, code in zip(others, codes, strict=True) if code for piece in share):
-        act(piece)
+        for fork in forks:
+            fork.wait()
+        os.close(open_pieces)
+    for i, piece in enumerate(work):
+        if undone[i]:
+            act(piece)
 
 
-def _forked(share: Sequence[T], act: Callable[[T], None]) -> int:
+NUMBER = 8  # bytes of one
+
+
+def _numbers(some: Sequence[int]) -> int:
+    """A file of which each reader gets the next number, with `NUMBER` bytes for each, until there are none."""
+    reader, writer = os.pipe()
+    for i in some:
+        os.write(writer, f"{i:{NUMBER}}".encode())
+    os.close(writer)
+    return reader
+
+
+def _forked(act: Callable[[], None]) -> Child:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            for piece in share:
-                act(piece)
+            act()
             code = 0
         finally:
             os._exit(code)
-    return pid
+    return Child(pid)
 
 
 def leave(code: int) -> NoReturn:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from core.compose import get, merge, names_variant
 from core.options import (
     EMPTY,
     MISSING,
@@ -33,6 +32,7 @@ from core.references import has_references, resolve
 from core.resolve import Resolver
 from core.rules import RuleMistakes, SliceRule
 from core.slices import slices
+from core.trees import get, merge, names_variant
 from core.yaml_files import ConfigError, shown
 from engine.hf_tokenizer import is_checkpoint
 from gpt_conf import KINDS, ModelConfig

@@ -82,7 +82,8 @@ def write_report(
     _text(folder / "runs.csv", tables.runs_csv(whole))
     _text(folder / "leaderboard.md", tables.leaderboard_md(whole, said, tuned))
     if not live:
-        side_by_side(plots.pictures(drawn), partial(_draw, folder / "plots"))
+        largest_first = sorted(plots.pictures(drawn), key=lambda picture: -picture.width * picture.height)
+        side_by_side(largest_first, partial(_draw, folder / "plots"))
     _text(folder / "report.html", page.render(drawn, said, live), "replace")
     best = next(iter((tuned.board if tuned else whole).finished), None)
     mean = best.estimate.mean if best and best.estimate else None

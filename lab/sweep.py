@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.compose import COMMAND_LINE, Composed, Setting, drop_nulls, get, leaves, names_variant, put
 from core.options import Mistake, Path, nearest
+from core.trees import COMMAND_LINE, Composed, Setting, drop_nulls, get, leaves, names_variant, put
 from lab.axes import MAX_VALUES, Axis, Choice, Key, SweepError, read_values
 from lab.searching import Search, Stop, read_search, read_stop, read_tune
 

@@ -10,7 +10,7 @@ from conftest import Desk, dig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.compose import drop_nulls, leaves, merge, put
+from core.trees import drop_nulls, leaves, merge, put
 from train_args import Config
 
 PLUGIN = """

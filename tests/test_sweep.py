@@ -12,7 +12,7 @@ from conftest import Desk, dig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.compose import Composed
+from core.trees import Composed
 from lab.expand import expand
 from lab.reading import ConfigReader, default_value
 from lab.sweep import SweepReader
