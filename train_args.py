@@ -154,7 +154,8 @@ class RunnerConfig:
     warm: bool = opt(True, "Whether a process trains one run after another; false starts one for each trial.")
     pack: int | Literal["auto", "off"] = opt(
         "auto",
-        "Runs that differ in numbers alone, trained in one process: at most so many, off, or auto (on a GPU, or with warm off).",
+        "Runs that differ in numbers alone, trained in one process: at most so many, off, or auto (on a GPU, of small models, or "
+        "with warm off).",
         ge=1,
     )
     threads: int | None = opt(None, "CPU threads of a trial; null divides the cores among the trials.", ge=1)

@@ -86,9 +86,19 @@ class Fold:
             for r in runs:
                 p = self.members[name][r]
                 p.data = part(stack.data[r], p.shape)
+        self._look(runs)
+
+    def _look(self, runs: Collection[int]) -> None:
         for module in (m for r in runs for m in self.models[r].modules()):
             if isinstance(module, Stack):
                 module.show()
+
+    def let_go(self, runs: Collection[int]) -> None:
+        """Gives models tensors of their own again, as those of a model alone."""
+        for every in self.members.values():
+            for r in runs:
+                every[r].data = every[r].data.clone(memory_format=torch.contiguous_format)
+        self._look(runs)
 
     def gather(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
         """Puts everything that trains, and its gradients, each into one tensor; and where each parameter lies in these."""

@@ -108,24 +108,29 @@ class Run:
         self.optimizers.zero_grad()
         total: Tensor | None = None
         for j in share.passes:
-            micro = i * train.gradient_accumulation_steps + j
-            # For variations that draw from torch's generator: not the same numbers for other rows of a batch.
-            seed((train.seed * 1_000_003 + micro + share.part * 2**40) % SEEDS, self.device)
-            if self.dropping:
-                set_step(self.plain, train.seed, micro)
-            x, y = (move(t[share.rows], self.device) for t in self.batches(micro))
-            with autocast(self.device, train.dtype):
-                _, loss = self.model(x, y)
-            loss = loss / share.parts if share.parts > 1 else loss
-            (loss * self.state.grad_scale if self.state.grad_scale != 1.0 else loss).backward()
-            told = loss.detach()
-            if (extra := self.plain.auxiliary) is not None:  # cross entropy alone compares with other models'
-                told = told - extra / share.parts
+            told = self.gradient(i * train.gradient_accumulation_steps + j)
             total = told if total is None else total + told
         assert total is not None
         self.losses.append(self.ranks.reduce(self.optimizers.live, total))
         self.step()
         self.state.iter += 1
+
+    def gradient(self, micro: int) -> Tensor:
+        """Forward and backward of a micro-batch, counted from the first of the run. Returns its part of the update's loss []."""
+        train, share = self.config.train, self.share
+        # For variations that draw from torch's generator: not the same numbers for other rows of a batch.
+        seed((train.seed * 1_000_003 + micro + share.part * 2**40) % SEEDS, self.device)
+        if self.dropping:
+            set_step(self.plain, train.seed, micro)
+        x, y = (move(t[share.rows], self.device) for t in self.batches(micro))
+        with autocast(self.device, train.dtype):
+            _, loss = self.model(x, y)
+        loss = loss / share.parts if share.parts > 1 else loss
+        (loss * self.state.grad_scale if self.state.grad_scale != 1.0 else loss).backward()
+        told: Tensor = loss.detach()
+        if (extra := self.plain.auxiliary) is not None:  # cross entropy alone compares with other models'
+            told = told - extra / share.parts
+        return told
 
     def step(self) -> None:
         """The rest of an update, when the gradients of all micro-batches are there."""

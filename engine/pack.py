@@ -1,4 +1,5 @@
-"""Runs trained together in one process: on a CPU one after another between evaluations, on a GPU as one folded model.
+"""Runs trained together in one process: on a GPU as one folded model, on a CPU too where they are small, else one after another
+between evaluations.
 
 Whoever starts a pack makes each run as it would alone. Folders, records, results and checkpoints are those of solo runs.
 """
@@ -18,6 +19,7 @@ from engine.course import Judge as Judge  # for those who start a pack
 from engine.course import Member as Member
 from engine.device import calls_per_second, free_memory, out_of_memory, peak_memory
 from engine.loop import Run
+from engine.rehearsal import Rehearsal, small
 from engine.together import HalfMoved, Together
 
 WORTH = 1.1  # twice as many runs are to make a pack so much faster
@@ -35,8 +37,9 @@ def train(
     """Trains every run to its end. What one raises ends that one alone. Raises what `ended` raises.
 
     most: how many are computed at once, while others wait until one of these has ended; None: as many as make it faster.
-    fold: whether they are computed as one model; None: on a GPU. One that is alone is the plain model. exact: whether the folded
-    model rounds as the plain one and each run's own optimizers update it; None: on a CPU, and where train.deterministic is asked.
+    fold: whether they are computed as one model; None: on a GPU, and on a CPU where they are small and a rehearsal has shown that
+    it is faster and moves no bit. One that is alone is the plain model. exact: whether the folded model rounds as the plain one and
+    each run's own optimizers update it; None: on a CPU, and where train.deterministic is asked.
 
     Where memory runs out, no run ends but one that is alone: all are given up (their members end with Anew), made anew from their
     checkpoints, and computed half as many at once.
@@ -44,11 +47,12 @@ def train(
     queue, failed = Queue(makers, ended), False
     while first := queue[:1]:
         cuda, short = first[0].run.device.type == "cuda", False
-        folding = not failed and (cuda if fold is None else fold)
+        rehearsed = fold is None and not cuda
+        folding = not failed and (fold if fold is not None else cuda or _may(first[0].run))
         try:
             if folding:
                 most = knee(queue) if most is None and cuda else most
-                folding = _fold(queue, most, exact)
+                folding = _fold(queue, most, exact, rehearsed)
             if not folding:
                 take_turns(queue, most)
         except Exception as error:  # of all of them; whose it was is seen when they go on by themselves
@@ -62,8 +66,9 @@ def train(
                     f"memory is out with {live} runs at a time: they go on with {most}, from their checkpoints ({error})"
                 )
             else:
-                print(f"these runs go on one after another, because together they failed:\n{traceback.format_exc()}")
-            if short or isinstance(error, HalfMoved):
+                why = str(error) if rehearsed else f"together they failed:\n{traceback.format_exc()}"
+                print(f"these runs go on one after another: {why}")
+            if short or rehearsed or isinstance(error, HalfMoved):
                 queue.put_down()
             queue.give_back(queue.live())
         del first
@@ -71,15 +76,25 @@ def train(
             free_memory()
 
 
-def _fold(queue: Queue, most: int | None, exact: bool | None) -> bool:
-    """Trains the next runs as one model, as long as that is worth it; False where fewer than two can be."""
+def _may(run: Run) -> bool:
+    """Whether runs like this one may be folded on a CPU, where threads are part of how a kernel rounds."""
+    count = sum(p.numel() for p in run.plain.parameters())
+    return small(run.config, count) and run.state.threads in (0, torch.get_num_threads())
+
+
+def _fold(queue: Queue, most: int | None, exact: bool | None, rehearsed: bool) -> bool:
+    """Trains the next runs as one model, as long as that is worth it; False where fewer than two can be, or a rehearsal says no."""
     count = len(together(queue[:most]))
     if not count:
         return False
     some = queue.take(count)
-    Together(some, exact, queue).go_on()
+    rehearsal = Rehearsal([course.run for course in some]) if rehearsed else None
+    pack = Together(some, exact, queue)
+    pack.evaluates = rehearsal is None  # evaluations have shapes of their own
+    agreed = rehearsal is None or rehearsal.agrees(pack)
+    pack.go_on() if agreed else pack.leave()
     queue.give_back(queue.live())
-    return True
+    return agreed
 
 
 def together(courses: Sequence[Course]) -> list[Course]:

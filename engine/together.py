@@ -32,7 +32,10 @@ class Together:
 
     exact: the folded model rounds as the plain one, and each run's own optimizers update it; else one table updates all runs, and
     on a GPU a step is captured once and replayed. queue: whose runs take the places of those that end, in the same tensors.
+    evaluates: whether runs are evaluated together too, where that is possible.
     """
+
+    evaluates = True
 
     def __init__(self, courses: Sequence[Course], exact: bool | None = None, queue: Queue | None = None) -> None:
         self.courses, self.queue = list(courses), queue
@@ -117,7 +120,30 @@ class Together:
                 self.fold.knobs[name][r].copy_(value)  # an update on its way begins anew
             if self.table is not None and self.courses[r].ask is not None:
                 self.table.save(r, run)
+        if self.device.type == "cpu":  # where a run alone has other bits if its tensors begin elsewhere
+            self.fold.let_go(self.live())
+            for r in self.live():
+                self.runs[r].optimizers.settle()
         del self.compute  # what was captured holds memory
+
+    def rehearse(self) -> tuple[float, list[list[Tensor | None]]]:
+        """The next step, which moves nothing: seconds, and the loss and gradients of each run."""
+        kept = {name: knob.clone() for name, knob in self.fold.knobs.items()}
+        started = time.perf_counter()
+        self.prepare(range(self.count))
+        self.model.train()
+        try:
+            self.compute()
+            self.fold.gradients()
+            seconds = time.perf_counter() - started
+            parameters = [[*run.plain.parameters()] for run in self.runs]
+            return seconds, [[told, *(p.grad for p in own)] for told, own in zip(self.told, parameters, strict=True)]
+        finally:
+            for name, knob in kept.items():
+                self.fold.knobs[name].copy_(knob)
+            for stack in self.fold.stacks.values():
+                stack.grad = None
+            self.micro, self.before = [0] * self.count, [{} for _ in self.runs]
 
     def speed(self, seconds: float) -> float:
         """Training tokens a second of all runs together, by steps that move nothing."""
@@ -220,7 +246,11 @@ class Together:
         """Whether it is better to evaluate all runs than those that ask one by one, and possible."""
         block = self.runs[0].config.model.block_size
         batches = {len(x) for x, _ in self.runs[0].evaluated(1)}
-        return 2 * asking > self.count and all(fits(self.fold.sizes, self.count * n, block) for n in batches)
+        return (
+            self.evaluates
+            and 2 * asking > self.count
+            and all(fits(self.fold.sizes, self.count * n, block) for n in batches)
+        )
 
     @torch.no_grad()
     def evaluate(self, iters: int | str) -> list[float]:

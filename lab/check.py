@@ -160,6 +160,7 @@ class Check:
     def total(self) -> float | None:
         """Seconds of what is left of the sweep, packed as it would be, trial after trial in the next free slot. None where models
         were not measured."""
+        from engine.rehearsal import small
         from lab import packing, runner
         from variations import CATALOGUE
 
@@ -170,9 +171,12 @@ class Check:
         def most(run: Any) -> int:
             return packing.fitting(model_of[run.hash].cost["parameters"], runner.memory(), len(self.slots))
 
+        def is_small(run: Any) -> bool:
+            return small(run.config, model_of[run.hash].cost["parameters"])
+
         pending, settings = self.listing.pending(), self.listing.runs[0].config.runner
         how, warm = packing.wanted(settings, self.slots), settings.warm
-        trials = packing.groups(pending, how, self.slots, self.listing.content, CATALOGUE, most)
+        trials = packing.groups(pending, how, self.slots, self.listing.content, CATALOGUE, most, is_small)
         ends = [START if warm else 0.0] * len(self.slots)
         for trial in trials:
             seconds = sum(self.seconds(model_of[run.hash], run) for run in trial)

@@ -1,4 +1,4 @@
-"""Packs, pure: which runs may be trained in one process, which of them not folded on a GPU, and how many at a time."""
+"""Packs, pure: which runs may be trained in one process, which of them not folded into one model, and how many at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ SHARE = 0.5  # of the memory, for what lasts: activations and checkpoints on the
 def key(config: Config, content: Mapping[str, str]) -> str:
     """Equal for runs that may be one pack: those that differ in knobs alone, and in what is no part of an identity.
 
-    content: hashes of the data, plugins and base. A knob that is zero or null is another graph than a number.
+    content: hashes of the data, plugins and base. A knob that is zero or null is another graph than a number, but for those of
+    optimizers.
     """
     told = json.dumps([sorted(content.items()), _graph(config)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
@@ -39,10 +40,10 @@ def _fields(options: Any) -> Iterator[tuple[str, Any]]:
     yield from fields_of(cls).items()
 
 
-def _graph(value: Any) -> Any:
-    """What of options decides shapes and graph."""
+def _graph(value: Any, numbers: bool = True) -> Any:
+    """What of options decides shapes and graph. numbers: whether a knob does, by being zero or null; an optimizer's does not."""
     if isinstance(value, Variant):
-        return [value.name, _graph(value.options)]
+        return [value.name, _graph(value.options, numbers)]
     if isinstance(value, Mapping):
         return [[name, _graph(inner)] for name, inner in value.items() if _says(inner)]
     if not is_dataclass(value):
@@ -55,7 +56,8 @@ def _graph(value: Any) -> Any:
         if "absent" in spec.metadata:  # of a rule, which may say nothing
             made |= {name: _graph(got)} if got is not None and not knob else {}
         else:
-            made[name] = _is_on(name, got) if knob else _graph(got)
+            of_optimizer = spec.metadata.get("kind") == "optimizer"
+            made[name] = numbers and _is_on(name, got) if knob else _graph(got, not of_optimizer)
     return made
 
 
@@ -75,7 +77,7 @@ def _says(entry: Any) -> bool:
 
 
 def reason(config: Config, catalogue: Catalogue) -> str | None:
-    """Why a run cannot be folded with others into one model on a GPU, as a sentence, or None."""
+    """Why a run cannot be folded with others into one model, as a sentence, or None."""
     if config.train.dtype == "float16":
         return "The loss scaling of train.dtype: float16 reads the gradient's norm at each step."
     if config.tracking.slice_interval is not None:
@@ -105,12 +107,15 @@ def _nodes(value: Any) -> Iterator[tuple[str, str]]:
 
 def wanted(runner: RunnerConfig, slots: Sequence[Slot]) -> int | str:
     """What `runner.pack: auto` means here: packs on a GPU, where they are folded, and on a CPU where each trial would be a new
-    process; a warm worker has nothing to save there."""
+    process; with warm workers only of what is 'small', and folded on a CPU too."""
     if runner.devices_per_trial > 1:
         return "off"
-    known = runner.executor == "local"  # nobody knows how many places a cluster has
+    if runner.pack != "auto":
+        return runner.pack
+    if runner.executor != "local":  # nobody knows how many places a cluster has
+        return "off"
     needed = any(slot.device.startswith("cuda") for slot in slots) or not runner.warm
-    return "off" if runner.pack == "auto" and not (known and needed) else runner.pack
+    return "auto" if needed else "small"
 
 
 def groups(
@@ -120,28 +125,33 @@ def groups(
     content: Callable[[Run], Mapping[str, str]],
     catalogue: Catalogue,
     most: Callable[[Run], int],
+    small: Callable[[Run], bool] = lambda run: True,
 ) -> list[list[Run]]:
-    """The trials of runs, each a pack; runs and packs stay in their order.
+    """The trials of runs, each a pack; runs and packs stay in their order. pack: as `wanted` says.
 
-    On a CPU a pack saves the start of processes, so slots share what there is. On a GPU it is one folded model, and a run that
-    cannot be folded is alone. most: how many runs like one of them the memory of a slot holds (asked of a CPU alone).
+    On a CPU a pack saves the start of processes, or the calls of kernels, so slots share what there is. On a GPU it is one folded
+    model. A run that cannot be folded where the others are is alone. most: how many runs like one of them the memory of a slot
+    holds (asked of a CPU alone). small: whether runs like one are.
     """
     if pack == "off":
         return [[run] for run in runs]
     cuda = any(slot.device.startswith("cuda") for slot in slots)
+    folded = cuda or pack == "small"
     alike: dict[str, list[Run]] = {}
     for run in runs:
-        alone = cuda and reason(run.config, catalogue) is not None
+        alone = folded and reason(run.config, catalogue) is not None
         alike.setdefault(run.hash if alone else key(run.config, content(run)), []).append(run)
     made = []
     for some in alike.values():
         if isinstance(pack, int):
             count = -(-len(some) // pack)
+        elif pack == "small" and not small(some[0]):
+            count = len(some)
         else:
             count = min(len(slots), len(some))
             if not cuda and count < len(some):
-                count = max(count, -(-len(some) // min(MOST, most(some[0]))))
-        made += _divided(some, count)
+                count *= -(-len(some) // (count * min(MOST, most(some[0]))))  # every slot has as many
+        made += _divided(some, min(count, len(some)))
     place = {run.hash: i for i, run in enumerate(runs)}
     return sorted(made, key=lambda trial: place[trial[0].hash])
 

@@ -17,6 +17,7 @@ import torch
 from core.options import plain
 from core.yaml_files import ConfigError, dump
 from engine.device import pick
+from engine.rehearsal import small
 from engine.tracking import resolve_mode
 from lab import claim, forks, helper, packing, rungs, store
 from lab.base import ended_as, untrained
@@ -307,7 +308,11 @@ class _Sweep:
         def most(one: Run) -> int:
             return packing.fitting(self.listing.parameters(one), memory(), len(places))
 
-        return packing.groups(some, packing.wanted(runner, places), places, self.listing.content, CATALOGUE, most)
+        def is_small(one: Run) -> bool:
+            return small(one.config, self.listing.parameters(one))
+
+        how = packing.wanted(runner, places)
+        return packing.groups(some, how, places, self.listing.content, CATALOGUE, most, is_small)
 
     def close(self) -> int:
         """The last line: how the runs ended. Returns the exit code."""

@@ -183,7 +183,7 @@ def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "device", "meant"),
     [
-        ({}, "cpu", "off"),
+        ({}, "cpu", "small"),
         ({"warm": False}, "cpu", "auto"),
         ({}, "cuda:0", "auto"),
         ({"executor": "slurm"}, "auto", "off"),

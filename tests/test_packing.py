@@ -145,13 +145,28 @@ def with_(**tree: Any) -> Config:
         ({"model": {"dropout": 0.0}}, {"model": {"dropout": 0.1}}),
         ({"train": {"grad_clip": None}}, {"train": {"grad_clip": 1.0}}),
         ({"train": {"max_iters": 100}}, {"train": {"max_tokens": 100}}),
-        ({"optimizer": {"weight_decay": 0.0}}, {"optimizer": {"weight_decay": 0.1}}),
-        ({"optimizer": {"betas": [0.0, 0.9]}}, {"optimizer": {"betas": [0.9, 0.9]}}),
-        ({"optimizer": {"variant": "sgd", "momentum": 0}}, {"optimizer": {"variant": "sgd", "momentum": 0.9}}),
+        (
+            {"model": {"linear": {"variant": "pkl", "scale": 0.0}}},
+            {"model": {"linear": {"variant": "pkl", "scale": 0.5}}},
+        ),
     ],
 )
 def test_nothing_is_another_graph_than_a_number(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert key(with_(**one), CONTENT) != key(with_(**two), CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"weight_decay": 0.0}, {"weight_decay": 0.1}),
+        ({"betas": [0.0, 0.9]}, {"betas": [0.9, 0.9]}),
+        ({"variant": "sgd", "momentum": 0}, {"variant": "sgd", "momentum": 0.9}),
+        ({"variant": "muon", "rest": {"variant": "adamw", "weight_decay": 0.0}}, {"variant": "muon", "rest": "adamw"}),
+    ],
+)
+def test_numbers_of_an_optimizer_are_in_no_graph(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """As those of rules, which are in the same table."""
+    assert key(with_(optimizer=one), CONTENT) == key(with_(optimizer=two), CONTENT)
 
 
 @pytest.mark.parametrize("name", ["seed", "init_seed", "data_seed"])
@@ -274,15 +289,22 @@ def listed(*configs: Config) -> list[Any]:
     return [SimpleNamespace(hash=str(i), config=config) for i, config in enumerate(configs)]
 
 
-def trials(runs: list[Any], pack: int | str, device: str = "cpu", slots: int = 1, most: int = 1000) -> list[list[int]]:
+def trials(
+    runs: list[Any], pack: int | str, device: str = "cpu", slots: int = 1, most: int = 1000, layers: int = 3
+) -> list[list[int]]:
+    """layers: up to which a model is small."""
     places = [Slot(device, 1)] * slots
-    made = groups(runs, pack, places, lambda run: CONTENT, CATALOGUE, lambda run: most)
+
+    def is_small(run: Any) -> bool:
+        return int(run.config.model.n_layer) <= layers
+
+    made = groups(runs, pack, places, lambda run: CONTENT, CATALOGUE, lambda run: most, is_small)
     return [[int(run.hash) for run in some] for some in made]
 
 
 @given(
     st.lists(st.sampled_from(range(3)), max_size=40),
-    st.one_of(st.just("auto"), st.integers(1, 20)),
+    st.one_of(st.sampled_from(["auto", "small"]), st.integers(1, 20)),
     st.sampled_from(["cpu", "cuda:0"]),
     st.integers(1, 5),
     st.integers(1, 20),
@@ -301,8 +323,9 @@ def test_each_run_is_in_one_pack_of_its_like_and_order_is_kept(
         if isinstance(pack, int):
             assert max(sizes) <= pack and len(sizes) == -(-count // pack)
         elif device == "cpu":
-            assert max(sizes) <= min(-(-count // slots), max(1, most), packing.MOST)
-            assert len(sizes) == max(min(slots, count), -(-count // min(most, packing.MOST)))
+            least, most_of_one = min(slots, count), min(most, packing.MOST)
+            assert max(sizes) <= min(-(-count // slots), most_of_one)
+            assert len(sizes) == min(count, least * -(-count // (least * most_of_one))), "as many in every slot"
         else:
             assert len(sizes) == min(slots, count)
 
@@ -317,6 +340,12 @@ def test_what_cannot_be_folded_is_alone_on_a_gpu_only() -> None:
     for pack in ("auto", 4):
         assert trials(runs, pack, "cuda:0") == [[0], [1, 3], [2]]
         assert trials(runs, pack, "cpu") == [[0, 2], [1, 3]]
+
+
+def test_what_is_small_is_packed_with_warm_workers_too() -> None:
+    runs = listed(HALF, LAYERS[0], HALF, LAYERS[0], LAYERS[2], LAYERS[2], LAYERS[0])
+    assert trials(runs, "small", layers=2) == [[0], [1, 3, 6], [2], [4], [5]], "and what can be folded"
+    assert trials(runs, "small", slots=2, layers=3) == [[0], [1], [2], [3, 6], [4], [5]]
 
 
 def test_a_pack_leaves_memory_for_the_rest() -> None:
