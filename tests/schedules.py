@@ -37,6 +37,7 @@ import lab.runner
 import lab.worker
 import train
 from engine import loop
+from engine.together import Together
 from lab.beside import Reporter
 from lab.report import Summary
 from lab.store import Store, holder
@@ -52,7 +53,7 @@ def sweep(home: Path, data: Path, pack: int | str, warm: bool) -> Path:
     """The file of the sweep: four runs, two of which may be one pack."""
     made = runs.tree(data, name="s", runner__root=str(home / "runs"))
     made["runner"] |= {"pack": pack, "per_device": 2, "threads": 1, "warm": warm}
-    made["train"] |= {"max_iters": 5, "eval_interval": 5, "checkpoint_interval": 2, "eval_iters": 1}
+    made["train"] |= {"batch_size": 5, "max_iters": 5, "eval_interval": 5, "checkpoint_interval": 2, "eval_iters": 1}
     made["model"] |= {"n_layer": 1, "dropout": 0.1}
     made["sweep"] = {"grid": CELLS}
     return runs.write(home / "s.yaml", made)
@@ -102,11 +103,11 @@ def at_passes(count: int, act: Callable[[], None]) -> None:
 
 def at_update(points: Path, ending: str, target: str, iteration: int, runner: int) -> None:
     """In trials: once, when a run of a folder named so begins an iteration, ends the process or interrupts the runner."""
-    plain = loop.Run.update
+    plain, folded = loop.Run.update, Together.update
     marker = points / "armed"
 
-    def update(self: Any) -> None:
-        if self.state.iter == iteration and self.folder.name.startswith(target):
+    def look(run: Any) -> None:
+        if run.state.iter == iteration and run.folder.name.startswith(target):
             try:
                 marker.unlink()
             except FileNotFoundError:
@@ -115,15 +116,31 @@ def at_update(points: Path, ending: str, target: str, iteration: int, runner: in
                 if ending == "kill-trial":
                     os.kill(os.getpid(), signal.SIGKILL)
                 os.kill(runner, signal.SIGINT)
+
+    def update(self: Any) -> None:
+        look(self)
         plain(self)
+
+    def update_together(self: Any, live: Any) -> None:
+        for r in live:
+            look(self.runs[r])
+        folded(self, live)
 
     marker.touch()
     loop.Run.update = update  # type: ignore[method-assign]
+    Together.update = update_together  # type: ignore[method-assign]
 
 
-def noting(completions: Path) -> None:
-    """Every result that is written leaves a line."""
-    plain = lab.worker.write_result
+def noting(home: Path) -> None:
+    """Every result that is written leaves a line, and so does every folded model."""
+    plain, folded, completions = lab.worker.write_result, Together.go_on, home / "completions"
+
+    def go_on(self: Together) -> None:
+        with (home / "folds").open("a") as log:
+            log.write(f"{self.count}\n")
+        folded(self)
+
+    Together.go_on = go_on  # type: ignore[method-assign]
 
     def write(folder: Path, result: dict[str, Any]) -> None:
         plain(folder, result)
@@ -153,7 +170,7 @@ def forked_round(home: Path, file: Path, faults: random.Random | None) -> int:
             os.dup2(log, 2)
             fork_helpers()
             silent_reports()
-            noting(home / "completions")
+            noting(home)
             if faults is not None:
                 arm(home, faults)
             code = train.main(["--config", str(file)])
@@ -224,7 +241,8 @@ def carry_out(seed: int, home: Path, data: Path, whole: dict[str, Any], real: bo
     for name, theirs in whole.items():
         for mine, other, what in zip(ours[name], theirs, ("tensors", "records", "result"), strict=True):
             assert mine == other, f"{what} of {name} differ"
-    return {"seed": seed, "codes": codes, "attempts": sorted(len(list(f.glob("attempt-*.log"))) for f in folders(home))}
+    tries = sorted(len(list(f.glob("attempt-*.log"))) for f in folders(home))
+    return {"seed": seed, "codes": codes, "attempts": tries, "folded": (home / "folds").exists()}
 
 
 def folders(home: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,16 +13,24 @@ import runs
 import torch
 from test_packs import Packs
 
+from engine import rehearsal
 from engine.loop import Run
+from engine.together import Together
 from lab.worker import STOPPED, run_pack
 
 LABELS = "abcd"
 
 
+class Foldable(Packs):
+    """As many rows as let all four be one model, where that is tried."""
+
+    rows = 5
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Packs:
     """Four runs that were trained by a process each."""
-    made = Packs(tmp_path_factory.mktemp("alone"), runs.tiny_corpus(tmp_path_factory.mktemp("data")))
+    made = Foldable(tmp_path_factory.mktemp("alone"), runs.tiny_corpus(tmp_path_factory.mktemp("data")))
     assert made.here() == 0
     return made
 
@@ -49,18 +58,23 @@ def result(folder: Path) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.parametrize("folded", [False, True])
 def test_runs_that_memory_was_too_little_for_are_done_all_the_same(
-    folders: list[Path], alone: Packs, monkeypatch: pytest.MonkeyPatch
+    folders: list[Path], alone: Packs, monkeypatch: pytest.MonkeyPatch, folded: bool
 ) -> None:
-    act, calls = Run.update, iter(range(1000))
+    owner, fault = (Together, 2) if folded else (Run, 7)
+    act, calls = owner.update, itertools.count()
 
-    def update(run: Run) -> None:
-        if next(calls) == 7:
+    def update(self: Any, *given: Any) -> None:
+        if next(calls) == fault:
             raise torch.OutOfMemoryError("no memory today")
-        act(run)
+        act(self, *given)
 
-    monkeypatch.setattr(Run, "update", update)
+    monkeypatch.setattr(rehearsal, "SMALL", 1e12 if folded else 0.0)
+    monkeypatch.setattr(rehearsal, "WORTH", float("inf"))
+    monkeypatch.setattr(owner, "update", update)
     assert run_pack(folders, stop=lambda: False) == 0
+    assert next(calls) > fault
     same(folders, alone)
     assert [(result(f)["status"], result(f)["cause"], result(f)["pack"]) for f in folders] == [("done", None, 4)] * 4
 

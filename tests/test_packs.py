@@ -48,11 +48,12 @@ class Packs(Lab):
     """A sweep of four runs that differ in every kind of number, one process at a time, evaluated every third iteration."""
 
     axes = NUMBERS
+    rows = 4  # with which no number of these runs can be folded
 
     @property
     def file(self) -> Path:
         made: dict[str, Any] = json.loads(super().file.read_text())
-        made["train"]["eval_interval"] = 3
+        made["train"] |= {"eval_interval": 3, "batch_size": self.rows}
         made["model"]["linear"] = {"variant": "pkl"}
         made["slices"] = {"calm": {"match": "h.*.attn.qkv[k]"}}
         made["runner"] |= {"per_device": 1, "threads": 1}

@@ -35,6 +35,7 @@ def test_forked_schedules() -> None:
     codes = [code for one in told for code in one["codes"]]
     assert codes.count(-9) >= 3 and codes.count(75) >= 3, "runners were killed, and interrupted"
     assert sum(max(one["attempts"]) > 1 for one in told) >= FORKED / 4, "and so were trials"
+    assert any(one["folded"] and len(one["codes"]) > 1 for one in told), "of packs that were one model too"
 
 
 @pytest.mark.parametrize("seed", [1000])
