@@ -3,7 +3,8 @@
 overhead   the runner's own time for a trial, with trials that take none
 large      a sweep of 5,000 trials that are done: status, report, and the runner's memory
 short      16 runs of about a second each, from cold, against one process after another, and what each part of it gains
-long       the same with 16 runs of about 20 seconds, without the parts
+wide       the same with a larger model, of which runs alone use both cores, without the parts
+long       the same as wide with 16 runs of about 20 seconds
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +40,21 @@ from lab.worker import StopFlag, no_result, write_result  # noqa: E402
 
 RUNS = 16
 TRIALS, MANY = 500, 5000
-PARTS = ("overhead", "large", "short", "long")
-SHORT, LONG = 1.0, 20.0  # seconds of training of a run alone
+PARTS = ("overhead", "large", "short", "wide", "long")
+SECONDS = {"short": 1.0, "wide": 1.0, "long": 20.0}  # of training of a run alone
+BATCH = 8
+SMALL, WIDE = (32, 32), (64, 64)  # n_embd and block_size, of models of 0.03M and 0.1M parameters
 
 
-def tree(data: Path, iterations: int, **runner: Any) -> dict[str, Any]:
-    """A sweep of 16 runs that differ in numbers alone, four rates and four decays, of a model of 0.1M parameters."""
+def tree(data: Path, iterations: int, size: tuple[int, int] = SMALL, **runner: Any) -> dict[str, Any]:
+    """A sweep of 16 runs that differ in numbers alone, four rates and four decays."""
     return {
         "name": "bench",
-        "model": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64},
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": size[0], "block_size": size[1]},
         "data": {"dataset": "random", "root": str(data)},
         "train": {
             "max_iters": iterations,
-            "batch_size": 8,
+            "batch_size": BATCH,
             "eval_interval": iterations,
             "eval_iters": 1,
             "device": "cpu",
@@ -196,26 +200,24 @@ def measured(words: Sequence[str], folder: Path) -> dict[str, float]:
 # Wall time ------------------------------------------------------------------------------------------------------------------
 
 
-def iterations(home: Path, wanted: float) -> int:
+def iterations(home: Path, wanted: float, size: tuple[int, int]) -> int:
     """How many iterations take about so many seconds in a process that has the machine to itself."""
-    words = [
-        sys.executable,
-        str(REPOSITORY / "train.py"),
-        "--config",
-        str(file(home, tree(home, 200, root=str(home / "p")))),
-    ]
-    process_seconds(words, cwd=home)
-    (result,) = home.glob("p/bench/*/result.json")
-    found = json.loads(result.read_text())
-    return max(20, int(wanted * found["tokens_per_second"] / (8 * 64)))
+    speeds = []
+    for i in range(5):
+        root = home / f"p{i}"
+        path = file(home, tree(home, 200, size, root=str(root)))
+        process_seconds([sys.executable, str(REPOSITORY / "train.py"), "--config", str(path)], cwd=home)
+        (result,) = root.glob("bench/*/result.json")
+        speeds.append(json.loads(result.read_text())["tokens_per_second"])
+    return max(20, int(wanted * statistics.median(speeds) / (BATCH * size[1])))
 
 
-def side(home: Path, count: int, sweep: bool, **runner: Any) -> Callable[[], float]:
+def side(home: Path, count: int, size: tuple[int, int], sweep: bool, **runner: Any) -> Callable[[], float]:
     """Seconds of all runs from cold: as a sweep, or as one process after another."""
 
     def act() -> float:
         root = Path(tempfile.mkdtemp(dir=home))
-        content = tree(home, count, root=str(root), **runner)
+        content = tree(home, count, size, root=str(root), **runner)
         try:
             if sweep:
                 path = file(root, content | {"sweep": {"grid": AXES}})
@@ -233,21 +235,24 @@ def side(home: Path, count: int, sweep: bool, **runner: Any) -> Callable[[], flo
     return act
 
 
-def wall(home: Path, wanted: float, rounds: int, parts: bool) -> dict[str, Any]:
+def wall(home: Path, part: str, rounds: int) -> dict[str, Any]:
     """The sweep against one process after another, and where the factor comes from."""
-    count = iterations(home, wanted)
-    # A sweep is two slots with warm workers; each of the parts lacks one of these, or adds packs.
-    sides = {"one after another": side(home, count, False), "sweep": side(home, count, True)}
-    if parts:
-        sides["two slots, a process each"] = side(home, count, True, pack="off", warm=False)
-        sides["one slot, a warm worker"] = side(home, count, True, per_device=1)
-        sides["two slots, packs of 8"] = side(home, count, True, pack=8)
+    size = SMALL if part == "short" else WIDE
+    count = iterations(home, SECONDS[part], size)
+    made = partial(side, home, count, size)
+    # A sweep is two slots, warm workers and packs that are one model; each of the parts lacks some of these.
+    sides = {"one after another": made(False), "sweep": made(True)}
+    if part == "short":
+        sides["two slots, warm workers"] = made(True, pack="off")
+        sides["two slots, a process each"] = made(True, pack="off", warm=False)
+        sides["one slot, a warm worker"] = made(True, pack="off", per_device=1)
     times = alternate(sides, rounds)
     base = times.pop("one after another")
-    made: dict[str, Any] = {"runs": RUNS, "iterations": count, "one after another": [round(t, 1) for t in base]}
+    told: dict[str, Any] = {"runs": RUNS, "n_embd": size[0], "tokens_of_a_step": BATCH * size[1], "iterations": count}
+    told["one after another"] = [round(t, 1) for t in base]
     for name, each in times.items():
-        made[name] = {"seconds": [round(t, 1) for t in each], "ratio": ratio(each, base)}
-    return made
+        told[name] = {"seconds": [round(t, 1) for t in each], "ratio": ratio(each, base)}
+    return told
 
 
 def main() -> None:
@@ -263,9 +268,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             home = Path(place)
             random_corpus(home, 200_000)
-            if part in ("short", "long"):
-                wanted, rounds = (SHORT, given.rounds) if part == "short" else (LONG, max(1, given.rounds - 1))
-                figures[part] = wall(home, wanted, rounds, part == "short")
+            if part in SECONDS:
+                figures[part] = wall(home, part, given.rounds)
             else:
                 figures[part] = {"overhead": overhead, "large": large}[part](home)
         print(part, json.dumps(figures[part], indent=1), flush=True)

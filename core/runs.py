@@ -192,8 +192,9 @@ class Fold:
     def gradients(self) -> None:
         """Lets each model's parameters have their part of the gradients."""
         for name, stack in self.stacks.items():
-            for r, p in enumerate(self.members[name]):
-                p.grad = None if stack.grad is None or not p.requires_grad else part(stack.grad[r], p.shape)
+            parts = stack.grad.unbind(0) if stack.grad is not None else [None] * len(self.models)
+            for p, own in zip(self.members[name], parts, strict=True):
+                p.grad = None if own is None or not p.requires_grad else part(own, p.shape)
 
 
 def sizes(models: Sequence[nn.Module]) -> set[int]:
