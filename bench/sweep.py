@@ -212,8 +212,10 @@ def iterations(home: Path, wanted: float, size: tuple[int, int]) -> int:
     return max(20, int(wanted * statistics.median(speeds) / (BATCH * size[1])))
 
 
-def side(home: Path, count: int, size: tuple[int, int], sweep: bool, **runner: Any) -> Callable[[], float]:
-    """Seconds of all runs from cold: as a sweep, or as one process after another."""
+def side(
+    home: Path, count: int, size: tuple[int, int], sweep: bool, trained: list[float], **runner: Any
+) -> Callable[[], float]:
+    """Seconds of all runs from cold: as a sweep, or as one process after another. trained: takes what each run says it took."""
 
     def act() -> float:
         root = Path(tempfile.mkdtemp(dir=home))
@@ -228,6 +230,7 @@ def side(home: Path, count: int, size: tuple[int, int], sweep: bool, **runner: A
                     more = [f"optimizer.learning_rate={rate}", f"optimizer.weight_decay={decay}"]
                     words = [sys.executable, str(REPOSITORY / "train.py"), "--config", str(path), *more]
                     seconds += process_seconds(words, cwd=root)
+            trained.extend(json.loads(path.read_text())["seconds"] for path in root.glob("bench/*/result.json"))
             return seconds
         finally:
             shutil.rmtree(root)
@@ -239,9 +242,10 @@ def wall(home: Path, part: str, rounds: int) -> dict[str, Any]:
     """The sweep against one process after another, and where the factor comes from."""
     size = SMALL if part == "short" else WIDE
     count = iterations(home, SECONDS[part], size)
-    made = partial(side, home, count, size)
+    alone: list[float] = []
+    made = partial(side, home, count, size, trained=[])
     # A sweep is two slots, warm workers and packs that are one model; each of the parts lacks some of these.
-    sides = {"one after another": made(False), "sweep": made(True)}
+    sides = {"one after another": side(home, count, size, False, alone), "sweep": made(True)}
     if part == "short":
         sides["two slots, warm workers"] = made(True, pack="off")
         sides["two slots, a process each"] = made(True, pack="off", warm=False)
@@ -249,6 +253,7 @@ def wall(home: Path, part: str, rounds: int) -> dict[str, Any]:
     times = alternate(sides, rounds)
     base = times.pop("one after another")
     told: dict[str, Any] = {"runs": RUNS, "n_embd": size[0], "tokens_of_a_step": BATCH * size[1], "iterations": count}
+    told["seconds_of_training_alone"] = round(statistics.median(alone), 2)
     told["one after another"] = [round(t, 1) for t in base]
     for name, each in times.items():
         told[name] = {"seconds": [round(t, 1) for t in each], "ratio": ratio(each, base)}
