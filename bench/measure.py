@@ -308,10 +308,15 @@ def serve(make: Callable[[Size, str], Side]) -> None:
 # Results ---------------------------------------------------------------------------------------------------------------------
 
 
+def commit() -> str | None:
+    """The commit that is checked out."""
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return told.stdout.strip() or None
+
+
 def write(name: str, figures: Mapping[str, Any]) -> Path:
     """bench/results/<name>.json with the machine, the date and the commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip() or None}
+    about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**about, **figures}, indent=2) + "\n")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 
-from bench.measure import alternate, machine, process_seconds, random_corpus, ratio, write  # noqa: E402
+from bench.measure import alternate, commit, machine, process_seconds, random_corpus, ratio, write  # noqa: E402
 from engine.tracking import Metrics  # noqa: E402
 from lab import claim  # noqa: E402
 from lab.conductor import Conductor  # noqa: E402
@@ -277,6 +277,7 @@ def main() -> None:
                 figures[part] = wall(home, part, given.rounds)
             else:
                 figures[part] = {"overhead": overhead, "large": large}[part](home)
+        figures[part]["commit"] = commit()  # parts may be measured one by one
         print(part, json.dumps(figures[part], indent=1), flush=True)
     print(write("sweep", {k: v for k, v in figures.items() if k in PARTS}))
 

@@ -68,13 +68,11 @@ def _plain(run: Run) -> list[Tensor | None]:
 
 
 def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
-    def bits(t: Tensor | None) -> bytes | None:
-        return (
-            None
-            if t is None
-            else t.contiguous().view(torch.uint8).numpy().tobytes()
-            if t.dim()
-            else repr(t.item()).encode()
-        )
+    """Whether these are the same to the last bit, the sign of a zero too."""
+    return len(one) == len(other) and all(
+        a is b if a is None or b is None else torch.equal(_bits(a), _bits(b)) for a, b in zip(one, other, strict=True)
+    )
 
-    return len(one) == len(other) and all(bits(a) == bits(b) for a, b in zip(one, other, strict=True))
+
+def _bits(t: Tensor) -> Tensor:
+    return t.reshape(-1).contiguous().view(torch.uint8)

@@ -68,8 +68,19 @@ class Reporter:
             while self.asked:
                 live, told = self.asked[0], self._answer()
                 if told is not None and not live:
-                    return _summary(told)
+                    return self._summary(told)
         raise NoReport(self.wrong)
+
+    def _summary(self, told: dict[str, Any]) -> dict[str, Any]:
+        assert self.helper is not None
+        if "code" in told:
+            raise NoReport(
+                f"{self.helper.last_words or 'the process that writes it has died'} (exit code {told['code']})"
+            )
+        if "wrong" in told:
+            raise NoReport(told["wrong"])
+        made: dict[str, Any] = told["summary"]
+        return made
 
     def _answer(self) -> dict[str, Any] | None:
         """What became of the report that was asked for first, or None where the helper has died."""
@@ -88,13 +99,6 @@ class Reporter:
         if self.helper is not None:
             self.helper.kill()
         self.helper, self.asked = None, []
-
-
-def _summary(told: dict[str, Any]) -> dict[str, Any]:
-    if "wrong" in told:
-        raise NoReport(told["wrong"])
-    made: dict[str, Any] = told["summary"]
-    return made
 
 
 # The helper -----------------------------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ def serve(channel: socket.socket) -> None:
             leave(0)
         _, status = os.waitpid(number, 0)
         if code := os.waitstatus_to_exitcode(status):
-            send(channel, {"wrong": f"the process that writes it ended with code {code}"})
+            send(channel, {"code": code})
 
 
 def _written(folder: Path, live: bool) -> dict[str, Any]:

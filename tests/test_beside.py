@@ -97,6 +97,33 @@ def test_a_helper_that_cannot_begin_says_why(swept: Lab, tmp_path: Path, monkeyp
         Reporter(swept.folder).last()
 
 
+def test_a_report_that_ends_its_process_leaves_the_helper(
+    swept: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is ours, or a kill for want of memory: the reason is told, and the next report may go well."""
+    broken = """
+import sys
+if "lab.beside" in sys.orig_argv:
+    import os, lab.report
+    plain = lab.report.write_report
+    def write(*given, **named):
+        if os.path.exists("broken"):
+            raise KeyError("a bug")
+        return plain(*given, **named)
+    lab.report.write_report = write
+"""
+    (tmp_path / "sitecustomize.py").write_text(broken)
+    (tmp_path / "broken").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    reporter = Reporter(swept.folder)
+    with pytest.raises(NoReport, match=r"KeyError: 'a bug' \(exit code 1\)"):
+        reporter.last()
+    (tmp_path / "broken").unlink()
+    assert reporter.last()["cells"] == 2
+    reporter.close()
+
+
 def test_a_running_sweep_has_a_page(swept: Lab) -> None:
     page = swept.folder / "report.html"
     page.unlink(missing_ok=True)
