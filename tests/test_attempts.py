@@ -140,3 +140,18 @@ def test_runs_that_wait_are_not_made_for_a_stop(
     assert made == [folder.name for folder in folders[:2]] and not any(folders[2].glob("checkpoint/*"))
     assert run_pack(folders, stop=lambda: False) == 0
     same(folders, alone)
+
+
+def test_small_runs_are_packed_where_nobody_says_otherwise(
+    alone: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With warm workers too, and with the bits of runs alone."""
+    lab = Foldable(tmp_path / "lab", alone.data).packed("auto")
+    monkeypatch.chdir(lab.home)
+    assert lab.here() == 0
+    same([lab.run(label) for label in LABELS], alone)
+    assert [result(lab.run(label))["pack"] for label in LABELS] == [4] * 4
+    monkeypatch.setattr(rehearsal, "SMALL", 1.0)
+    large = Foldable(tmp_path / "large", alone.data).packed("auto")
+    assert large.here() == 0
+    assert [result(large.run(label))["pack"] for label in LABELS] == [1] * 4
