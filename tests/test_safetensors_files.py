@@ -535,7 +535,8 @@ def kilobytes(what: str) -> int:
 def peak(act: Callable[[bool], object], folder: Path) -> float:
     """The most memory that something needs in a process of its own, in tensors of PIECE bytes. It is done with little first, as
     a child has to load anew what its parent had of Python and torch. What is freed is given back at once (-3 is how large a block
-    is for that), else the gaps between the blocks of an allocator would be counted as well."""
+    is for that), else the gaps between the blocks of an allocator would be counted as well. The least of three: a system that takes
+    idle pages from a process, which it then reads anew, can only add to it."""
 
     def measured() -> None:
         libc = ctypes.CDLL(None)  # earlier tests of this process may have asked it to keep freed memory
@@ -548,8 +549,11 @@ def peak(act: Callable[[bool], object], folder: Path) -> float:
         act(False)
         (folder / "peak").write_text(str(kilobytes("VmHWM") - before))
 
-    assert in_child(measured) == 0
-    return int((folder / "peak").read_text()) * 1024 / PIECE
+    found = []
+    for _ in range(3):
+        assert in_child(measured) == 0
+        found.append(int((folder / "peak").read_text()) * 1024 / PIECE)
+    return min(found)
 
 
 class Made:
@@ -574,6 +578,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("large")
 
     def write(little: bool) -> None:
+        shutil.rmtree(path / str(little), ignore_errors=True)
         with new_folder(path / str(little)) as folder:
             write_folder(Made(SMALL if little else PIECE), folder, 6 * PIECE)
 
