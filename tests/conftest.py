@@ -126,8 +126,10 @@ def front(
     return run
 
 
-# Files that take longest. They begin first, so that both test processes end at about the same time.
+# Files that take longest. They begin first, so that both test processes end at about the same time. Before them comes the one that
+# measures memory in forks of its process, which has to have little of its own.
 SLOW = (
+    "test_safetensors_files",
     *(
         "test_packs",
         "test_conduct",
