@@ -141,4 +141,5 @@ def _written(folder: Path, live: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # numpy would start a thread a core, for nothing
     serve_here(serve)
